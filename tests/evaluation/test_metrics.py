@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from llmdoctor.evaluation.metrics import (
     WinTieLoss,
     bootstrap_ci,
+    cluster_bootstrap_ci,
     distinct_n,
     paired_bootstrap_ci,
     perplexity,
     rank_correlation,
+    resampled_counts,
     sequence_kl,
     words,
 )
@@ -91,6 +93,9 @@ def test_bootstrap_stays_within_the_values_and_repeats(values, seed):
         (lambda: bootstrap_ci([1.0, math.nan]), "values contains NaN"),
         (lambda: bootstrap_ci([1.0], level=1.0), "level must lie between 0 and 1, got 1.0"),
         (lambda: bootstrap_ci([1.0], resamples=0), "resamples must be at least 1, got 0"),
+        (lambda: bootstrap_ci([1.0], resamples=10, level=0), "level must lie between 0 and 1, got 0"),
+        (lambda: cluster_bootstrap_ci([]), "groups must not be empty"),
+        (lambda: cluster_bootstrap_ci([[1.0], []]), "group 1 must be a non-empty flat sequence"),
         (lambda: paired_bootstrap_ci([1.0, 2.0], [1.0]), "equal length, got 2 and 1"),
         (lambda: WinTieLoss.from_scores([1.0], [1.0], margin=-0.1), "margin must not be negative"),
         (lambda: WinTieLoss(0, 0, 0).win_plus_half_tie, "nothing was compared"),
@@ -101,6 +106,35 @@ def test_bootstrap_stays_within_the_values_and_repeats(values, seed):
 def test_what_cannot_be_computed_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(VALUES, st.integers(1, 4), st.integers(0, 5))
+def test_equal_values_of_a_group_tell_no_more_than_one_of_them(values, copies, seed):
+    """k equal seeds a prompt: the interval is that of one seed a prompt, and no narrower."""
+    slack = 1e-9 * max(1, max(map(abs, values)))
+    once = bootstrap_ci(values, resamples=50, seed=seed)
+    many = cluster_bootstrap_ci([[value] * copies for value in values], resamples=50, seed=seed)
+    assert many == pytest.approx(once, abs=slack)
+
+
+def test_clusters_of_unequal_size_match_a_loop_over_drawn_groups():
+    """The mean is over values, not over groups: (1+2+3+10)/4 = 4, and so in every sample of the groups."""
+    groups = [[1.0, 2.0, 3.0], [10.0]]
+    means = [
+        np.mean([value for group, count in zip(groups, row, strict=True) for value in group * int(count)])
+        for block in resampled_counts(2, 400, seed=3)
+        for row in block
+    ]
+    interval = cluster_bootstrap_ci(groups, level=0.4, resamples=400, seed=3)
+    assert interval.mean == 4.0
+    assert interval[1:] == pytest.approx(np.quantile(means, [0.3, 0.7]))
+    assert {round(mean, 9) for mean in means} == {2.0, 4.0, 10.0}
+
+
+def test_resampled_counts_come_in_blocks_and_each_row_draws_as_many_as_there_are():
+    blocks = list(resampled_counts(700_000, 5))
+    assert [block.shape for block in blocks] == [(2, 700_000), (2, 700_000), (1, 700_000)]
+    assert all((block.sum(axis=1) == 700_000).all() for block in blocks)
 
 
 def test_pairing_removes_the_spread_between_prompts():

@@ -46,6 +46,23 @@ class InPlaceLayer(DynamicLayer):
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
+    def pick(self, start: int, choice: Tensor) -> None:
+        """Of the columns from `start` on, keep one in each row: `start + choice` [B]."""
+        assert self._buffers is not None
+        rows = torch.arange(len(choice), device=choice.device)
+        for buffer in self._buffers:
+            buffer[:, :, start] = buffer[rows, :, start + choice]
+        self.keys, self.values = (buffer[:, :, : start + 1] for buffer in self._buffers)
+
+    def select_columns(self, columns: Tensor) -> None:
+        """Make each row's columns those at `columns` [B, W], in that order."""
+        assert self._buffers is not None
+        index = columns[:, None, :, None]
+        states = [buffer.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[3])) for buffer in self._buffers]
+        self._buffers = None
+        self.keys, self.values = states[0][:, :, :0], states[1][:, :, :0]
+        self.update(states[0], states[1])
+
     def _grow(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         grown = []
         for states, old in ((key_states, self.keys), (value_states, self.values)):
@@ -65,3 +82,8 @@ def new_cache(config: Any, room: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [InPlaceLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def sees_everything(cache: DynamicCache) -> bool:
+    """Whether every layer is one of full attention, whose columns may be masked, dropped and reordered at will."""
+    return all(isinstance(layer, InPlaceLayer) for layer in cache.layers)

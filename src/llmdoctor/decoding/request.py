@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from llmdoctor.errors import UserError
 
@@ -89,6 +89,11 @@ class Completion:
             context is full) or "error" (no distribution to draw from: a model returned NaN).
         logps: log π_dec of each token, before warpers, in nats.
         patient_logps: log π_patient of each token, before warpers, in nats.
+        drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.
+        patient_forwards: token positions at which the patient was run for this completion, prompt not counted.
+        guide_forwards: the same for all other models together.
+        kl_bound: nats a sequence; set by methods whose KL to the patient is known only as a bound or as an estimate of
+            their own.
     """
 
     id: str
@@ -97,3 +102,22 @@ class Completion:
     finish_reason: str = ""
     logps: list[float] = field(default_factory=list)
     patient_logps: list[float] = field(default_factory=list)
+    drawn_logps: list[float] = field(default_factory=list)
+    patient_forwards: int = 0
+    guide_forwards: int = 0
+    kl_bound: float | None = None
+
+    @property
+    def kl(self) -> float:
+        """Estimate of KL(what was drawn from ‖ patient) in nats from this one answer; unbiased unless `kl_bound` is set."""
+        return sum(self.drawn_logps) - sum(self.patient_logps) if self.kl_bound is None else self.kl_bound
+
+
+class Decoder(Protocol):
+    """Whatever completes requests: guided decoding and every method it is compared with."""
+
+    def generate(
+        self, requests: Iterable[Request], *, on_done: Callable[[int, Completion], None] | None = None
+    ) -> list[Completion]:
+        """Complete all requests; results come in their order, and `on_done` hears of each as soon as it is finished."""
+        ...

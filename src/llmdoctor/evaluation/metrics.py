@@ -6,7 +6,7 @@ Intervals are percentile bootstraps with a fixed seed, so the same input always 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def _floats(values: Sequence[float] | Floats, what: str) -> Floats:
+def flat_floats(values: Sequence[float] | Floats, what: str) -> Floats:
+    """`values` as a float64 vector; ValueError, naming `what`, when empty, not flat, or NaN."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{what} must be a non-empty flat sequence, got shape {array.shape}")
@@ -38,7 +39,7 @@ def _floats(values: Sequence[float] | Floats, what: str) -> Floats:
 
 
 def _paired(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> tuple[Floats, Floats]:
-    one, two = _floats(first, "first"), _floats(second, "second")
+    one, two = flat_floats(first, "first"), flat_floats(second, "second")
     if one.size != two.size:
         raise ValueError(f"paired values must have equal length, got {one.size} and {two.size}")
     return one, two
@@ -67,25 +68,61 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(seen) / total if total else 0.0
 
 
+def _drawn(size: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Blocks [b, size] of indices drawn with replacement, `resamples` rows in all."""
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK_ENTRIES // size)
+    for start in range(0, resamples, block):
+        yield rng.integers(size, size=(min(block, resamples - start), size))
+
+
+def resampled_counts(size: int, resamples: int, seed: int = 0) -> Iterator[Floats]:
+    """How often each of `size` units is in each bootstrap sample: blocks [b, size], `resamples` rows in all.
+
+    For statistics that are linear in the counts; the draws are those of `bootstrap_ci` with the same seed.
+    """
+    for drawn in _drawn(size, resamples, seed):
+        rows = len(drawn)
+        places = (drawn + size * np.arange(rows)[:, None]).ravel()
+        yield np.bincount(places, minlength=rows * size).reshape(rows, size).astype(np.float64)
+
+
+def percentile_bounds(samples: Floats, level: float) -> Floats:
+    """Lower and upper bound [2, …] of the middle `level` of bootstrap samples [R, …]."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    bounds: Floats = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return bounds
+
+
 def bootstrap_ci(
     values: Sequence[float] | Floats, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Mean of `values` with its percentile bootstrap interval at `level`."""
-    array = _floats(values, "values")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK_ENTRIES // array.size)
-    means = np.concatenate(
-        [
-            array[rng.integers(array.size, size=(min(block, resamples - start), array.size))].mean(axis=1)
-            for start in range(0, resamples, block)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    array = flat_floats(values, "values")
+    means = np.concatenate([array[drawn].mean(axis=1) for drawn in _drawn(array.size, resamples, seed)])
+    low, high = percentile_bounds(means, level)
     return Interval(float(array.mean()), float(low), float(high))
+
+
+def cluster_bootstrap_ci(
+    groups: Sequence[Sequence[float] | Floats], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of all values of `groups`, with an interval that draws whole groups.
+
+    For values that belong together, such as the seeds of one prompt: they are drawn together, because three answers to
+    one prompt tell less than answers to three prompts. With one value a group it is `bootstrap_ci`.
+    """
+    if not len(groups):
+        raise ValueError("groups must not be empty")
+    arrays = [flat_floats(group, f"group {index}") for index, group in enumerate(groups)]
+    sums = np.array([array.sum() for array in arrays])
+    sizes = np.array([array.size for array in arrays], dtype=np.float64)
+    means = np.concatenate([(c @ sums) / (c @ sizes) for c in resampled_counts(len(arrays), resamples, seed)])
+    low, high = percentile_bounds(means, level)
+    return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
 
 
 def paired_bootstrap_ci(
@@ -144,7 +181,7 @@ def perplexity(logps: Sequence[Sequence[float]]) -> float:
     `logps[i]` are the log-probs of sequence i's tokens; long sequences weigh more than short ones. Infinite when a
     token has probability 0.
     """
-    flat = _floats([logp for sequence in logps for logp in sequence], "logps")
+    flat = flat_floats([logp for sequence in logps for logp in sequence], "logps")
     with np.errstate(over="ignore"):
         return float(np.exp(-flat.mean()))
 

@@ -6,16 +6,14 @@ scorer needs no registration: `package.module:function` names any function from 
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from llmdoctor.errors import UserError
+from llmdoctor.evaluation.own_code import own_function
 
 ScoreFunction = Callable[[Sequence[str]], Sequence[float]]
 
@@ -80,25 +78,8 @@ def get_scorer(name: str) -> Scorer:
 
 
 def _imported_scorer(path: str) -> Scorer:
-    module_name, _, attribute = path.partition(":")
-    found = getattr(_import_from_here(module_name, path), attribute, None) if attribute else None
-    if isinstance(found, Scorer):
-        return found
-    if not callable(found):
-        raise UserError(f"scorer {path!r}: module {module_name!r} has no function {attribute!r}")
-    return Scorer(path, found, higher_is="better")
-
-
-def _import_from_here(module_name: str, path: str) -> Any:
-    # An installed command does not look into the current folder, where a user's own module most often lies. It stays on
-    # the path, last, because the module may import its neighbours as late as when it scores.
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"scorer {path!r}: cannot import {module_name!r} ({type(error).__name__}: {error})") from error
+    found = own_function(path, "scorer")
+    return found if isinstance(found, Scorer) else Scorer(path, found, higher_is="better")
 
 
 @cache

@@ -16,6 +16,16 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_ELEMENTS = 1 << 25
 """Logits alive at once: 32 Mi elements, 128 MiB in float32. No tensor of [tokens × vocabulary] outlives a chunk."""
 
+CPU_CHUNK_ELEMENTS = 1 << 22
+"""The same on a CPU. Larger blocks come fresh from the system each time, and faulting in their pages costs more than the
+arithmetic on them."""
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Rows whose logits under a head of `weight` [V, D] may be alive at once."""
+    elements = min(CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS) if weight.device.type == "cpu" else CHUNK_ELEMENTS
+    return max(1, elements // weight.shape[0])
+
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """[B, T] mask -> [B, T] positions that count real tokens only, so padding never shifts a row."""
@@ -87,7 +97,7 @@ class LogitsHead:
 
     def selected_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """[M, D], [M] -> [M] float32 log-probabilities of `labels`."""
-        chunk = max(1, CHUNK_ELEMENTS // self.linear.weight.shape[0])
+        chunk = chunk_rows(self.linear.weight)
         pieces = []
         frozen = not any(parameter.requires_grad for parameter in self.linear.parameters())
         for start in range(0, hidden.shape[0], chunk):

@@ -1,0 +1,134 @@
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290) by TRL's trainer, on the token ids of a reward store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llmdoctor.baselines.training import (
+    AdapterTraining,
+    BaselineOptions,
+    finish_doctor,
+    lora_config,
+    made_from,
+    open_run,
+    require_trl,
+    token_rows,
+)
+from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.models.doctor import Doctor, DoctorConfig
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.rewards.store import RewardStore
+
+BETA = 0.1
+"""β of the paper's experiments, and TRL's default."""
+
+
+def train_dpo(
+    base: LoadedModel,
+    rewards: RewardStore,
+    output: str | Path,
+    options: BaselineOptions | None = None,
+    *,
+    dimension: str = "",
+    resume: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train `base` with DPO and write it to `output` as a doctor's folder.
+
+    `load_guide(output, patient)` makes it a log-ratio guide; with `form="product"`, α = 0 and β = 1 decode from it as
+    a plain policy. Reference log-probs are computed once, before the first step.
+
+    Args:
+        base: policy and, adapter switched off, reference; it is trained in place.
+        rewards: whose token ids it is trained on; their rewards are not looked at.
+        output: the folder; checkpoints go to `output/checkpoints`, one an epoch.
+        options: the budget; `beta` None is `BETA`.
+        dimension: a name for what it is for; the faces' name if empty.
+        resume: go on from a checkpoint, or take a finished result; False starts anew.
+        callbacks: for the progress of the training.
+
+    Returns:
+        The folder; at once if it holds the finished result of these settings.
+
+    Raises:
+        UserError: TRL is not installed, rewards of another tokenizer, or too few pairs.
+        FingerprintMismatch: the folder was made with other settings, rewards or another base.
+        TrainingDiverged: loss or gradient is not finite.
+    """
+    options = options or BaselineOptions()
+    require_trl("DPO")
+    beta = BETA if options.beta is None else options.beta
+    made = made_from(base, rewards, "dpo", options, beta)
+    config = DoctorConfig(dimension=dimension or str(rewards.manifest["faces"]["name"]), **made)
+    run = open_run(base, rewards, Path(output), config, options.eval_fraction, resume)
+    if run.done:
+        return run.output
+    trainer = dpo_trainer(base, run.train_set, options, beta, run.checkpoints, callbacks)
+    trainer.train(resume_from_checkpoint=run.resume_from)
+    # TRL lays a forward of its own over the model's; a doctor has its own ways to log-probs.
+    vars(base.model).pop("forward", None)
+    doctor = Doctor(trainer.accelerator.unwrap_model(trainer.model), base.tokenizer, config)
+    finish_doctor(run, doctor, config)
+    return run.output
+
+
+def dpo_trainer(
+    base: LoadedModel,
+    rows: Any,
+    options: BaselineOptions,
+    beta: float,
+    checkpoints: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
+    """TRL's `DPOTrainer` on rows of a reward store, reference log-probs computed."""
+    from datasets import Dataset
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    class TokenDPOTrainer(AdapterTraining, DPOTrainer):
+        def _precompute_ref_logps(self, *args: Any) -> Any:
+            with _no_bars():
+                return super()._precompute_ref_logps(*args)
+
+    config = DPOConfig(
+        **options.training_arguments(checkpoints, base.model.device.type == "cpu"),
+        beta=beta,
+        loss_type=["sigmoid"],
+        precompute_ref_log_probs=True,
+        # The defaults would cut long rows, recompute activations and autocast.
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+    )
+    encoder = ChatEncoder.for_model(base.model, base.tokenizer)
+    trainer = TokenDPOTrainer(
+        model=base.model,
+        args=config,
+        train_dataset=Dataset.from_dict(token_rows(rows, encoder)),
+        processing_class=base.tokenizer,
+        peft_config=lora_config(base.model, options, "CAUSAL_LM"),
+        callbacks=list(callbacks),
+    )
+    # Else the adapter's config names the folder of this machine where the base's files lie.
+    trainer.model.active_peft_config.base_model_name_or_path = base.spec
+    return trainer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """TRL draws this bar whatever its arguments say; it looks at the environment alone."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

@@ -1,0 +1,143 @@
+"""What a guide itself thinks of given responses: its implicit reward, token by token.
+
+Shapes: L⁺, L⁻ tokens of the chosen and of the rejected response.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import EvalPrediction
+
+from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.data.formats import PreferencePair
+from llmdoctor.errors import UserError
+from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.rewards.face_scorer import FaceScorer
+from llmdoctor.rewards.store import SIDES
+from llmdoctor.tfpo.trainer import preference_metrics
+
+WITHOUT_REFERENCE = ("genarm",)
+"""Methods whose reward is log π itself; that of all others is log π/π_ref."""
+
+Scores = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """The reward of both responses of one pair: `chosen` [L⁺] and `rejected` [L⁻], float32, in nats a token."""
+
+    chosen: NDArray[np.float32]
+    rejected: NDArray[np.float32]
+
+    @property
+    def totals(self) -> tuple[float, float]:
+        """The responses' sums, which are what preferences compare."""
+        return float(self.chosen.sum(dtype=np.float64)), float(self.rejected.sum(dtype=np.float64))
+
+
+def implicit_rewards(
+    guide: Doctor | str | Path,
+    pairs: Iterable[PreferencePair | Mapping[str, Any]],
+    *,
+    base: LoadedModel | None = None,
+    reference: bool | None = None,
+    max_completion_length: int | None = 512,
+    batch_size: int = 16,
+) -> list[ImplicitReward]:
+    """Per-token log π/π_ref (doctors, DPO) or log π (GenARM) of both responses of every pair.
+
+    Prompts are read once for both responses, and pairs of similar lengths together.
+
+    Args:
+        guide: a doctor or a doctor's folder, whatever objective trained it.
+        pairs: preference pairs, or rows of a reward store (`prompt`, `chosen_ids`, `rejected_ids`).
+        base: the guide's base model if already loaded, for a folder; it becomes part of the guide.
+        reference: subtract the reference's log-probs; None does what the guide's method means.
+        max_completion_length: of pairs given as text, keep only so many tokens of a response, as stage 1 does.
+        batch_size: pairs in one forward pass.
+
+    Returns:
+        One `ImplicitReward` a pair, in their order.
+
+    Raises:
+        UserError: a fully trained guide where the reference is needed (it keeps none), or an empty response.
+    """
+    doctor = guide if isinstance(guide, Doctor) else Doctor.from_pretrained(guide, base=base)
+    if reference is None:
+        reference = doctor.doctor_config.training.get("method") not in WITHOUT_REFERENCE
+    if reference and not doctor.doctor_config.lora:
+        raise UserError("a guide whose weights were all trained keeps no reference; give one with a LoRA adapter")
+    rows = [_ids(number, pair, doctor.encoder, max_completion_length) for number, pair in enumerate(pairs, start=1)]
+    was_training = doctor.training
+    doctor.eval()
+    scores = _scores(doctor, rows, batch_size)
+    if reference:
+        with doctor.as_reference():
+            references = _scores(doctor, rows, batch_size)
+        scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, references, strict=True)]
+    doctor.train(was_training)
+    return [ImplicitReward(chosen, rejected) for chosen, rejected in scores]
+
+
+def accuracy(rewards: Sequence[ImplicitReward]) -> float:
+    """Share of the pairs whose chosen response has the higher total; a tie counts one half."""
+    margins = [chosen - rejected for chosen, rejected in (reward.totals for reward in rewards)]
+    return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
+
+
+def held_out_metrics(doctor: Doctor, rows: Any | None) -> dict[str, float]:
+    """`preference_metrics` of a trained guide on rows of a store; none for no rows."""
+    if rows is None:
+        return {}
+    totals = np.array([reward.totals for reward in implicit_rewards(doctor, rows)])
+    return preference_metrics(EvalPrediction(predictions=totals, label_ids=np.ones(len(totals))))
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """One pair as token ids."""
+
+    prompt: list[int]
+    completions: tuple[list[int], list[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+def _ids(number: int, pair: PreferencePair | Mapping[str, Any], encoder: ChatEncoder, max_length: int | None) -> _Ids:
+    if isinstance(pair, PreferencePair):
+        prompt = encoder.prompt_ids(pair.prompt)
+        chosen = encoder.completion(pair.chosen, pair.chosen_complete, max_length).ids
+        rejected = encoder.completion(pair.rejected, pair.rejected_complete, max_length).ids
+    else:
+        prompt = encoder.prompt_ids(json.loads(pair["prompt"]))
+        chosen, rejected = (list(pair[f"{side}_ids"]) for side in SIDES)
+    if not chosen or not rejected:
+        raise UserError(f"pair {number} has an empty response that is not complete; there is nothing to score")
+    return _Ids(prompt, (chosen, rejected))
+
+
+def _scores(doctor: Doctor, rows: Sequence[_Ids], batch_size: int) -> list[Scores]:
+    """Log-probs of both responses of every row, under the doctor as it is now."""
+    scorer = FaceScorer(doctor.causal_lm, doctor.encoder, doctor.logits_head, system=None)
+    scores: dict[int, Scores] = {}
+    for places in _by_length(rows, batch_size):
+        scored = scorer.score([rows[i].prompt for i in places], [rows[i].completions for i in places])
+        for place, index in enumerate(places):
+            scores[index] = (scored[2 * place].numpy(), scored[2 * place + 1].numpy())
+    return [scores[index] for index in range(len(rows))]
+
+
+def _by_length(rows: Sequence[_Ids], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(rows)), key=lambda index: -rows[index].length)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

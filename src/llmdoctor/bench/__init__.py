@@ -1,0 +1,1 @@
+"""The arena: every method on the same patient, pairs and prompts, and the tables made of it."""

@@ -1,0 +1,239 @@
+"""One method's answers at one setting, task and seed: decoded once, kept as they are, read back ever after."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmdoctor.bench.kit import Kit, Steps
+from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, PATIENT, SAMPLES, Built, Contender, Setting
+from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.data.prompts import Prompt
+from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.files import atomic_path, digest
+
+SCHEMA_VERSION = 1
+MARKED_PROMPTS = 6
+"""Prompts whose answers keep, token by token, how far guidance moved the choice."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is kept of a completion.
+
+    Attributes:
+        prompt: its id.
+        sample: number of the answer to that prompt.
+        text: without stop token.
+        tokens: drawn.
+        finish: why it ended.
+        kl: estimate of KL to the patient from this answer, nats.
+        patient_logp: Σ log π_patient, nats.
+        patient_forwards, guide_forwards: as `Completion`'s.
+        marks: of a few answers, each token's text and log π_dec − log π_patient.
+    """
+
+    prompt: str
+    sample: int
+    text: str
+    tokens: int
+    finish: str
+    kl: float
+    patient_logp: float
+    patient_forwards: int
+    guide_forwards: int
+    marks: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Answers with the seconds their decoding took."""
+
+    answers: list[Answer]
+    seconds: float
+
+    def sample(self, number: int) -> list[Answer]:
+        """The answers of that number, one a prompt, in the order of the prompts."""
+        return [answer for answer in self.answers if answer.sample == number]
+
+
+class Cells:
+    """All answers of a comparison, below one folder.
+
+    Args:
+        folder: of the files, `TASK/METHOD/SETTING-seedN.jsonl.gz`.
+        options: how large.
+        prompts: what is answered.
+        kits: of the tasks, by name.
+        steps: told of progress.
+    """
+
+    def __init__(
+        self, folder: Path, options: BenchOptions, prompts: Sequence[Prompt], kits: Mapping[str, Kit], steps: Steps
+    ) -> None:
+        self.folder = folder
+        self.options = options
+        self.prompts = list(prompts)
+        self.kits = kits
+        self.steps = steps
+
+    def get(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> Cell:
+        """The cell, decoded now if it is not there yet.
+
+        Raises:
+            FingerprintMismatch: the file there holds answers of other prompts, lengths or models.
+        """
+        path = self._path(task, contender, setting, seed, variant)
+        stamp = self._stamp(task, contender, setting, seed)
+        if not path.is_file():
+            cell = self._decode(task, contender, setting, seed, variant)
+            _write(path, stamp, cell)
+        return self._read(path, stamp)
+
+    def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
+        """Whether the cell is there."""
+        return self._path(task, contender, setting, seed, variant).is_file()
+
+    def prompts_of(self, contender: Contender) -> list[Prompt]:
+        """The prompts that the method answers."""
+        return self.prompts[: self.options.transfer_q_prompts] if contender.few_prompts else self.prompts
+
+    def _path(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str) -> Path:
+        where = "any" if contender.any_task else task.name
+        knobs = ",".join(f"{name}={value:g}" for name, value in setting.items()) or "only"
+        return self.folder / where / (variant or contender.name) / f"{knobs}-seed{seed}.jsonl.gz"
+
+    def _stamp(self, task: Task, contender: Contender, setting: Setting, seed: int) -> dict[str, str]:
+        options = self.options
+        learned = {} if contender.any_task else {"task": asdict(task), "pairs": options.pairs, "epochs": options.epochs}
+        prompts = [[prompt.id, list(prompt.messages)] for prompt in self.prompts_of(contender)]
+        return {
+            "patient": options.patient,
+            "base": options.base or options.patient,
+            "prompts": digest(prompts),
+            "learned": digest(learned),
+            "length": str(options.max_new_tokens),
+            "setting": digest(dict(setting)),
+            "seed": str(seed),
+        }
+
+    def _decode(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str) -> Cell:
+        if contender.name == BEST_OF_N:
+            return self._choose(task, int(setting["n"]), seed)
+        built = contender.build(self.kits[task.name], seed, setting)
+        prompts = self.prompts_of(contender)
+        requests = [
+            self._request(built, prompt, place, sample, seed)
+            for place, prompt in enumerate(prompts)
+            for sample in range(built.samples)
+        ]
+        knobs = ", ".join(f"{name} {value:g}" for name, value in setting.items())
+        name = " ".join(filter(None, [variant or contender.name, knobs]))
+        where = "" if contender.any_task else f"{task.name}, "
+        self.steps.start(f"{where}seed {seed}: {name}", len(requests), "answers")
+        start = time.perf_counter()
+        done = built.decoder.generate(requests, on_done=lambda index, completion: self.steps.advance())
+        seconds = time.perf_counter() - start
+        self.steps.done()
+        answers = [
+            _answer(request, completion, place % built.samples, self._marks(built, place, completion))
+            for place, (request, completion) in enumerate(zip(requests, done, strict=True))
+        ]
+        return Cell(answers, seconds)
+
+    def _choose(self, task: Task, n: int, seed: int) -> Cell:
+        """Best-of-n of the patient's own answers, which are there already."""
+        from llmdoctor.baselines.best_of_n import best_of_n_kl
+
+        samples = self.get(task, CONTENDERS[PATIENT], {}, seed)
+        conversations = {prompt.id: prompt.messages for prompt in self.prompts}
+        answers = [answer for answer in samples.answers if answer.sample < n]
+        start = time.perf_counter()
+        rewards = (
+            self.kits[task.name]
+            .reward_model(seed)
+            .score(
+                [conversations[answer.prompt] for answer in answers],
+                [answer.text for answer in answers],
+                complete=[answer.finish == "stop" for answer in answers],
+            )
+        )
+        seconds = time.perf_counter() - start + samples.seconds * n / SAMPLES
+        by_prompt: dict[str, list[tuple[float, Answer]]] = {}
+        for reward, answer in zip(rewards, answers, strict=True):
+            by_prompt.setdefault(answer.prompt, []).append((reward, answer))
+        kept = []
+        for tries in by_prompt.values():
+            best = max(tries, key=lambda entry: entry[0])[1]
+            tokens = sum(answer.tokens for _, answer in tries)
+            kept.append(replace(best, sample=0, kl=best_of_n_kl(n), patient_forwards=tokens, guide_forwards=tokens))
+        return Cell(kept, seconds)
+
+    def _marks(self, built: Built, place: int, completion: Completion) -> list[list[Any]]:
+        if place >= MARKED_PROMPTS or not built.request.get("betas"):
+            return []
+        texts = built.decoder.encoder.token_texts(completion.token_ids)  # type: ignore[attr-defined]
+        shifts = zip(completion.logps, completion.patient_logps, strict=True)
+        return [[text, round(ours - theirs, 3)] for text, (ours, theirs) in zip(texts, shifts, strict=True)]
+
+    def _request(self, built: Built, prompt: Prompt, place: int, sample: int, seed: int) -> Request:
+        sampling = SamplingParams(
+            max_new_tokens=self.options.max_new_tokens,
+            seed=(seed << 40) + (place << 16) + sample,
+            **built.sampling,
+        )
+        return Request(prompt.messages, sampling=sampling, id=prompt.id, **built.request)
+
+    def _read(self, path: Path, stamp: Mapping[str, str]) -> Cell:
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as handle:
+                head = json.loads(handle.readline())
+                rows = [json.loads(line) for line in handle]
+        except (OSError, EOFError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is broken ({error}); delete it and run again") from error
+        if head.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {head.get('schema_version')}; this version reads {SCHEMA_VERSION}"
+            )
+        if head["stamp"] != stamp:
+            raise FingerprintMismatch(
+                str(path), head["stamp"], dict(stamp), "Give another output folder, or delete it."
+            )
+        return Cell([Answer(**row) for row in rows], float(head["seconds"]))
+
+
+def _answer(request: Request, done: Completion, sample: int, marks: list[list[Any]]) -> Answer:
+    return Answer(
+        prompt=request.id,
+        sample=sample,
+        text=done.text,
+        tokens=len(done.token_ids),
+        finish=done.finish_reason,
+        kl=round(done.kl, 4),
+        patient_logp=round(sum(done.patient_logps), 4),
+        patient_forwards=done.patient_forwards,
+        guide_forwards=done.guide_forwards,
+        marks=marks,
+    )
+
+
+def _write(path: Path, stamp: Mapping[str, str], cell: Cell) -> None:
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "stamp": stamp,
+        "seconds": round(cell.seconds, 2),
+        "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
+    }
+    lines: Iterable[dict[str, Any]] = (head, *map(asdict, cell.answers))
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        # A gzip header holds a file name and a time unless they are blanked.
+        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+            for line in lines:
+                packed.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

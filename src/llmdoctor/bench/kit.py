@@ -1,0 +1,175 @@
+"""What the methods of one task are built from: trained once, kept on disk, loaded when first asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.data.preferences import PreferencePair, load_preferences
+from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.rewards.store import RewardStore
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "tfpo": {},
+    "no_subtb": {"config": {"objective": "none", "value_coef": 1.0}},
+    "no_value": {"config": {"value_coef": 0.0}},
+    "no_sparsity": {"rewards": {"theta": 0.0}},
+    "no_flow": {"config": {"objective": "squared_error"}},
+    "no_anchor": {"config": {"reference_anchor": False, "terminal_anchor": False}},
+}
+"""The doctor and what can be taken from it; the last is the paper's objective as it is written."""
+
+
+class Steps(Protocol):
+    """What a comparison tells the outside world; the command line draws bars from it."""
+
+    def start(self, description: str, total: int | None = None, unit: str = "") -> None:
+        """A step of `total` units begins."""
+
+    def advance(self, units: int = 1) -> None:
+        """Units were finished."""
+
+    def done(self) -> None:
+        """The step is over."""
+
+    def say(self, text: str) -> None:
+        """A line of text."""
+
+    def training_callback(self, description: str) -> Any:
+        """A `TrainerCallback` that reports a training as one step."""
+
+
+class Kit:
+    """Pairs, token rewards, doctors, baselines and reward models of one task.
+
+    Args:
+        task: what is learned.
+        options: how large.
+        folder: where trained models are kept.
+        steps: told of progress.
+    """
+
+    def __init__(self, task: Task, options: BenchOptions, folder: Path, steps: Steps) -> None:
+        self.task = task
+        self.options = options
+        self.folder = folder / task.name
+        self.steps = steps
+        self._loaded: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def patient(self) -> LoadedModel:
+        """The frozen model, one for all kits."""
+        return _patient(self.options.patient)
+
+    def fresh_base(self) -> LoadedModel:
+        """The base of doctors and baselines, loaded anew because training changes it."""
+        return load_model(self.options.base or self.options.patient)
+
+    def pairs(self) -> list[PreferencePair]:
+        """The training pairs: drawn once from the source, the same for every seed and method."""
+        found = list(load_preferences(self.task.pairs))
+        random.Random(0).shuffle(found)
+        return found[: self.options.pairs]
+
+    def rewards(self, **options: Any) -> RewardStore:
+        """Stage 1's token rewards of the pairs; `options` are `RewardOptions`'."""
+        from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
+        from llmdoctor.rewards.faces import face_pairs
+
+        name = "-".join(["rewards", *(f"{key}={value}" for key, value in sorted(options.items()))])
+
+        def acquire() -> RewardStore:
+            pairs = self.pairs()
+            self.steps.start(f"{self.task.name}: token rewards", len(pairs), "pairs")
+            faces = face_pairs(self.task.faces)[0]
+            store = acquire_rewards(
+                self.patient, pairs, self.folder / name, faces=faces, rewards=RewardOptions(**options),
+                progress=self.steps.advance,
+            )  # fmt: skip
+            self.steps.done()
+            return store
+
+        return self._once(("rewards", name), acquire)
+
+    def trained(self, kind: str, seed: int) -> Path:
+        """The folder of a trained model: an entry of `ABLATIONS`, "dpo", "genarm" or "reward_model"."""
+        return self._once(("trained", kind, seed), lambda: self._train(kind, seed))
+
+    def guide(self, kind: str, seed: int, form: str) -> Guide:
+        """A trained doctor, or DPO or GenARM, as a guide of the patient."""
+
+        def load() -> Guide:
+            return load_guide(self.trained(kind, seed), self.patient, name=kind, form=form)
+
+        return self._once(("guide", kind, seed, form), load)
+
+    def reward_model(self, seed: int) -> Any:
+        """The trained reward model."""
+        from llmdoctor.models.reward_model import load_reward_model
+
+        return self._once(("reward_model", seed), lambda: load_reward_model(self.trained("reward_model", seed)))
+
+    def good_reward(self, seed: int) -> float:
+        """Mean reward of the preferred responses of the training pairs: what an answer should reach."""
+
+        def measure() -> float:
+            pairs = self.pairs()
+            model = self.reward_model(seed)
+            rewards = model.score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
+            return float(sum(rewards) / len(rewards))
+
+        return self._once(("good_reward", seed), measure)
+
+    def forget(self) -> None:
+        """Let go of the models loaded so far; what is on disk stays."""
+        self._loaded.clear()
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._loaded:
+            self._loaded[key] = make()
+        return self._loaded[key]
+
+    def _train(self, kind: str, seed: int) -> Path:
+        folder = self.folder / f"seed{seed}" / kind
+        name = f"{self.task.name}, seed {seed}: training {kind}"
+        if kind in ABLATIONS:
+            return self._train_doctor(kind, seed, folder, name)
+        from llmdoctor.baselines.dpo import train_dpo
+        from llmdoctor.baselines.genarm import train_genarm
+        from llmdoctor.baselines.reward_training import train_reward_model
+        from llmdoctor.baselines.training import BaselineOptions
+
+        train: Callable[..., Path] = {
+            "dpo": train_dpo, "genarm": train_genarm, "reward_model": train_reward_model,
+        }[kind]  # fmt: skip
+        budget = BaselineOptions(epochs=self.options.epochs, seed=seed)
+        return train(self.fresh_base(), self.rewards(), folder, budget, callbacks=[self.steps.training_callback(name)])
+
+    def _train_doctor(self, kind: str, seed: int, folder: Path, name: str) -> Path:
+        from llmdoctor.models.doctor import CONFIG_NAME
+        from llmdoctor.tfpo.config import TFPOConfig
+        from llmdoctor.tfpo.train import train_doctor
+
+        changes = ABLATIONS[kind]
+        config = TFPOConfig(
+            output_dir=str(folder), seed=seed, num_train_epochs=self.options.epochs, disable_tqdm=True,
+            eval_strategy="no", **changes.get("config", {}),
+        )  # fmt: skip
+        if (folder / CONFIG_NAME).is_file():
+            # Whether it was made with these very settings, its checkpoints' fingerprint tells when it is trained again.
+            return folder
+        rewards = self.rewards(**changes.get("rewards", {}))
+        return train_doctor(
+            self.fresh_base(), rewards, config, dimension=self.task.faces,
+            callbacks=[self.steps.training_callback(name)],
+        )  # fmt: skip
+
+
+@cache
+def _patient(spec: str) -> LoadedModel:
+    return load_model(spec)

@@ -1,0 +1,166 @@
+"""The contenders: each a decoder behind the engine's interface, its settings, and where it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmdoctor.bench.kit import Kit
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import Guide
+from llmdoctor.decoding.request import Decoder
+
+Setting = Mapping[str, float]
+Build = Callable[[Kit, int, Setting], "Built"]
+
+DOCTOR = "llmdoctor"
+PATIENT = "patient"
+BEST_OF_N = "best_of_n"
+SAMPLES = 8
+"""Answers of the patient to each prompt: the first is its own, the first n are best-of-n's."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A decoder ready to answer, and what its requests say.
+
+    Attributes:
+        decoder: the method.
+        request: `Request`'s alpha and betas.
+        sampling: `SamplingParams` beside length and seed.
+        samples: answers a prompt.
+    """
+
+    decoder: Decoder
+    request: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method of the comparison.
+
+    Attributes:
+        name: in files and tables.
+        title: for people.
+        source: paper.
+        settings: those that are measured; more than one makes a curve.
+        build: makes the decoder of a task, seed and setting.
+        any_task: it has nothing to learn, so its answers serve every task.
+        few_prompts: it answers `transfer_q_prompts` prompts only.
+    """
+
+    name: str
+    title: str
+    source: str
+    settings: tuple[Setting, ...]
+    build: Build
+    any_task: bool = False
+    few_prompts: bool = False
+
+
+def _patient_alone(samples: int = 1, **sampling: Any) -> Build:
+    def build(kit: Kit, seed: int, setting: Setting) -> Built:
+        decoder = GuidedDecoder(kit.patient, max_batch_size=kit.options.batch_size)
+        return Built(decoder, {}, sampling, samples)
+
+    return build
+
+
+def _guided(kind: str, form: str) -> Build:
+    def build(kit: Kit, seed: int, setting: Setting) -> Built:
+        guide = kit.guide(kind, seed, form)
+        decoder = GuidedDecoder(kit.patient, [guide], max_batch_size=kit.options.batch_size)
+        return Built(decoder, {"alpha": setting.get("alpha", 1.0), "betas": {guide.name: setting["beta"]}}, {})
+
+    return build
+
+
+def _faces(kit: Kit, seed: int, setting: Setting) -> Built:
+    from llmdoctor.rewards.faces import face_pairs
+
+    faces = face_pairs(kit.task.faces)[0]
+    good = Guide("good_face", kit.patient, system=faces.positive)
+    bad = Guide("bad_face", kit.patient, system=faces.negative)
+    decoder = GuidedDecoder(kit.patient, [good, bad], max_batch_size=kit.options.batch_size)
+    return Built(decoder, {"betas": {"good_face": setting["beta"], "bad_face": -setting["beta"]}}, {})
+
+
+def _contrastive(kit: Kit, seed: int, setting: Setting) -> Built:
+    from llmdoctor.baselines.contrastive import ContrastiveSearch
+
+    return Built(ContrastiveSearch(kit.patient, max_batch_size=kit.options.batch_size), {}, {})
+
+
+def _args(temperature: float) -> Build:
+    def build(kit: Kit, seed: int, setting: Setting) -> Built:
+        from llmdoctor.baselines.args import ARGS
+
+        critic = kit.reward_model(seed)
+        decoder = ARGS(kit.patient, critic, weight=setting["weight"], max_batch_size=kit.options.batch_size)
+        return Built(decoder, {}, {"temperature": temperature})
+
+    return build
+
+
+def _cards(kit: Kit, seed: int, setting: Setting) -> Built:
+    from llmdoctor.baselines.cards import CARDS, CARDSOptions
+
+    options = CARDSOptions(reward_threshold=kit.good_reward(seed), temperature=setting["temperature"])
+    critic = kit.reward_model(seed)
+    return Built(CARDS(kit.patient, critic, options, max_batch_size=kit.options.batch_size), {}, {})
+
+
+def _transfer_q(kit: Kit, seed: int, setting: Setting) -> Built:
+    from llmdoctor.baselines.transfer_q import TransferQ
+
+    decoder = TransferQ(
+        kit.patient,
+        kit.guide("dpo", seed, "product").model,
+        kit.reward_model(seed),
+        strength=setting["strength"],
+        rollout_tokens=kit.options.rollout_tokens,
+        max_batch_size=max(1, kit.options.batch_size // 10),
+    )
+    return Built(decoder, {}, {})
+
+
+def _best_of_n(kit: Kit, seed: int, setting: Setting) -> Built:
+    from llmdoctor.baselines.best_of_n import BestOfN
+
+    inner = GuidedDecoder(kit.patient, max_batch_size=kit.options.batch_size)
+    return Built(BestOfN(inner, kit.reward_model(seed), int(setting["n"])), {}, {})
+
+
+def _grid(knob: str, *values: float, **fixed: float) -> tuple[Setting, ...]:
+    return tuple({knob: value, **fixed} for value in values)
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416", _grid("beta", 0.5, 1, 1.5, 2, 3),
+                  _guided("tfpo", "ratio")),
+        Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1, 2),
+                  _guided("tfpo", "product")),
+        Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
+        Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
+        Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
+        Contender("top_k", "top-k 50", "arXiv 1805.04833", ({},), _patient_alone(top_k=50), any_task=True),
+        Contender("top_p", "top-p 0.9", "arXiv 1904.09751", ({},), _patient_alone(top_p=0.9), any_task=True),
+        Contender("contrastive", "contrastive search", "arXiv 2202.06417", ({},), _contrastive, any_task=True),
+        Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), _best_of_n),
+        Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 0.5, 1.5), _args(0.0)),
+        Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0)),
+        Contender("cards", "CARDS", "arXiv 2406.16306", _grid("temperature", 0.7), _cards),
+        Contender("transfer_q", "Transfer-Q*", "arXiv 2405.20495", _grid("strength", 1), _transfer_q,
+                  few_prompts=True),
+        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.25, 0.5, 1, 2), _guided("genarm", "product")),
+        Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 0.5, 1, 2), _faces),
+        Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
+                  _grid("beta", 0.5, 1, 1.5, 2), _guided("dpo", "ratio")),
+    )
+}  # fmt: skip
+"""DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""

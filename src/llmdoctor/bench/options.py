@@ -1,0 +1,75 @@
+"""What is compared, on what, and how large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llmdoctor.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A preference to be learned from pairs, and the judge that says who did better.
+
+    Attributes:
+        name: of its folder and rows.
+        pairs: source of preference pairs, as `load_preferences` takes it.
+        faces: dimension of the faces that read the pairs.
+        judge: a scorer's name, `reward:MODEL` or `chat:MODEL@URL`.
+    """
+
+    name: str
+    pairs: str
+    faces: str
+    judge: str
+
+
+CONTROLLED_TASKS = (
+    Task("sentiment", "builtin:sentiment", "positive", "vader"),
+    Task("readability", "builtin:readability", "readable", "flesch"),
+)
+"""Tasks whose truth is known: the scorer that chose the pairs (best and worst of eight answers) also judges."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Size of a comparison. Two runs with other values do not share results.
+
+    Attributes:
+        patient: the frozen model.
+        base: what doctors and the other trained baselines are trained from; the patient itself if empty.
+        prompts: source of unseen prompts, as `load_prompts` takes it.
+        prompt_count: at most so many of them.
+        pairs: at most so many preference pairs of a task.
+        seeds: independent repetitions: each trains its own models and draws its own answers.
+        max_new_tokens: longest answer.
+        epochs: passes over the pairs, the same for every trained method.
+        rollout_tokens: how far Transfer-Q* looks ahead.
+        transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
+        batch_size: answers decoded together; changes no answer, up to rounding.
+    """
+
+    patient: str = "builtin:smollm2"
+    base: str = ""
+    prompts: str = "builtin:prompts/test"
+    prompt_count: int = 320
+    pairs: int = 240
+    seeds: int = 3
+    max_new_tokens: int = 48
+    epochs: int = 2
+    rollout_tokens: int = 16
+    transfer_q_prompts: int = 80
+    batch_size: int = 160
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_count", 2), ("pairs", 4), ("seeds", 1), ("max_new_tokens", 1), ("epochs", 1),
+                            ("rollout_tokens", 1), ("transfer_q_prompts", 2), ("batch_size", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def quick(self) -> BenchOptions:
+        """A smoke run: small enough for ten minutes on two cores, far too small to mean anything."""
+        return replace(
+            self, prompt_count=16, pairs=32, seeds=1, max_new_tokens=24, epochs=1, rollout_tokens=4,
+            transfer_q_prompts=4, batch_size=128,
+        )  # fmt: skip

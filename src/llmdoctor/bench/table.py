@@ -1,0 +1,215 @@
+"""The paper's table 1 in shape: LLMdoctor against every method, at each one's best and at equal KL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender
+from llmdoctor.bench.options import Task
+from llmdoctor.bench.points import Figures, Point
+from llmdoctor.evaluation.arena import matchup_from_outcomes
+from llmdoctor.evaluation.equal_kl import equal_kl_mixture
+from llmdoctor.evaluation.ranking import bradley_terry
+
+MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
+"""Best means the highest score among settings that keep the text: perplexity and distinct-4 within these multiples of the
+patient's. Without such a gate the largest β always scores best, whatever it does to the text."""
+
+
+class Row(TypedDict):
+    """One row of `table.json`; win, tie, loss and what is made of them are LLMdoctor's against the method."""
+
+    task: str
+    method: str
+    at: str
+    win: int
+    tie: int
+    loss: int
+    win_plus_half_tie: float
+    ci_low: float
+    ci_high: float
+    score: float
+    distinct_4: float
+    kl: float
+    tokens_per_second: float
+    prompts: int
+    seeds: int
+    sign_test_p: float
+    prompts_needed: int | None
+    settings: list[dict[str, float]]
+    doctor_settings: list[dict[str, float]]
+    doctor_score: float
+    doctor_kl: float
+    clamped: bool
+
+
+class Elo(TypedDict):
+    """One row of `elo.json`."""
+
+    task: str
+    method: str
+    elo: float
+    low: float
+    high: float
+
+
+def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
+    """Decode what is missing, write `table.json` and `elo.json`; returns the table's rows.
+
+    Args:
+        arena: where.
+        names: methods; all if empty. LLMdoctor and the patient always take part.
+    """
+    chosen = [name for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
+    arena.decode([CONTENDERS[name] for name in chosen])
+    rows: list[Row] = []
+    ratings: list[Elo] = []
+    for task in arena.tasks:
+        best = {name: best_point(arena, task, CONTENDERS[name]) for name in chosen}
+        for name in chosen:
+            if name == DOCTOR:
+                continue
+            rows.append(_row(arena, task, name, "best", best[name], best[DOCTOR]))
+            if name != PATIENT:
+                rows.append(_row(arena, task, name, "equal_kl", best[name], at_kl(arena, task, best[name])))
+        ratings.extend(_ratings(arena, task, best))
+    arena.write("table.json", rows)
+    arena.write("elo.json", ratings)
+    return rows
+
+
+def make_frontier(arena: Arena, names: Sequence[str] = ()) -> list[Figures]:
+    """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows."""
+    chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
+    arena.decode(chosen)
+    rows = [point.figures() for task in arena.tasks for contender in chosen for point in arena.points(task, contender)]
+    arena.write("frontier.json", rows)
+    return rows
+
+
+class Chosen:
+    """Answers that may come from several settings of one method.
+
+    Attributes:
+        texts, scores: by prompt, one value a seed.
+        points: the settings they are from.
+        kl: mean, nats.
+        clamped: the KL asked for lies beyond what the method was measured at.
+    """
+
+    def __init__(self, parts: Sequence[Point], *, clamped: bool = False, kl: float | None = None) -> None:
+        self.points = list(parts)
+        self.texts = {prompt: [a.text for a in row] for part in parts for prompt, row in part.answers.items()}
+        self.scores = {prompt: row for part in parts for prompt, row in part.scores.items()}
+        self.kls = {prompt: row for part in parts for prompt, row in part.kls.items()}
+        self.clamped = clamped
+        self.kl = _mean(self.kls) if kl is None else kl
+
+    @property
+    def score(self) -> float:
+        """Mean score."""
+        return _mean(self.scores)
+
+    @property
+    def settings(self) -> list[dict[str, float]]:
+        """Each once."""
+        found: list[dict[str, float]] = []
+        for point in self.points:
+            if dict(point.setting) not in found:
+                found.append(dict(point.setting))
+        return found
+
+
+def best_point(arena: Arena, task: Task, contender: Contender) -> Chosen:
+    """The method at its best setting, chosen for each half of the prompts on the other half."""
+    points = arena.points(task, contender)
+    prompts = list(points[0].answers)
+    halves = (prompts[::2], prompts[1::2])
+    if len(points) == 1 or not all(halves):
+        return Chosen(points[:1])
+    patient = arena.patient(task)
+    parts = []
+    for half, other in (halves, halves[::-1]):
+        place = _best([point.only(other) for point in points], patient.only(other))
+        parts.append(points[place].only(half))
+    return Chosen(parts)
+
+
+def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
+    """LLMdoctor at the KL that the opponent spends on the same prompts."""
+    prompts = list(opponent.scores)
+    doctor = [arena.patient(task), *arena.points(task, CONTENDERS[DOCTOR])]
+    points = [point.only(prompts) for point in doctor]
+    mixture = equal_kl_mixture(opponent.kl, [(point.kls, point) for point in points])
+    low, high = mixture.low, mixture.high
+    chosen = Chosen([low], clamped=mixture.clamped, kl=mixture.mean_kl)
+    texts = [{p: [a.text for a in row] for p, row in point.answers.items()} for point in (low, high)]
+    chosen.texts = mixture.take(texts[0], texts[1])
+    chosen.scores = mixture.take(low.scores, high.scores)
+    chosen.points = [low, high]
+    return chosen
+
+
+def _best(points: Sequence[Point], patient: Point) -> int:
+    sound = [
+        place
+        for place, point in enumerate(points)
+        if point.perplexity <= MOST_PERPLEXITY * patient.perplexity
+        and point.distinct_4 >= LEAST_DISTINCT * patient.distinct_4
+    ]
+    # Where no setting keeps the text, the gentlest is the best there is.
+    return max(sound, key=lambda place: points[place].score) if sound else 0
+
+
+def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
+    outcomes = arena.outcomes(task, {prompt: doctor.texts[prompt] for prompt in method.texts}, method.texts)
+    result = matchup_from_outcomes(outcomes)
+    flat = [answer for point in method.points for row in point.answers.values() for answer in row]
+    return {
+        "task": task.name,
+        "method": name,
+        "at": at,
+        "win": result.win,
+        "tie": result.tie,
+        "loss": result.loss,
+        "win_plus_half_tie": result.win_plus_half_tie,
+        "ci_low": result.ci_low,
+        "ci_high": result.ci_high,
+        "score": method.score,
+        "distinct_4": sum(point.distinct_4 for point in method.points) / len(method.points),
+        "kl": method.kl,
+        "tokens_per_second": sum(answer.tokens for answer in flat) / sum(point.seconds for point in method.points),
+        "prompts": result.prompts,
+        "seeds": arena.options.seeds,
+        "sign_test_p": result.sign_test_p,
+        "prompts_needed": result.prompts_needed,
+        "settings": method.settings,
+        "doctor_settings": doctor.settings,
+        "doctor_score": doctor.score,
+        "doctor_kl": doctor.kl,
+        "clamped": doctor.clamped,
+    }
+
+
+def _ratings(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> list[Elo]:
+    names = list(best)
+    outcomes = {}
+    for place, one in enumerate(names):
+        for other in names[place + 1 :]:
+            shared = [prompt for prompt in best[one].texts if prompt in best[other].texts]
+            outcomes[one, other] = arena.outcomes(
+                task,
+                {prompt: best[one].texts[prompt] for prompt in shared},
+                {prompt: best[other].texts[prompt] for prompt in shared},
+            )
+    return [
+        {"task": task.name, "method": name, "elo": rating.elo, "low": rating.low, "high": rating.high}
+        for name, rating in bradley_terry(outcomes, PATIENT).items()
+    ]
+
+
+def _mean(values: Mapping[str, Sequence[float]]) -> float:
+    flat = [value for row in values.values() for value in row]
+    return sum(flat) / len(flat)

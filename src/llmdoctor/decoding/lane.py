@@ -1,0 +1,220 @@
+"""One model with its cache over the rows alive.
+
+Shapes: B rows, T columns of the cache, P columns of the prompts, K tokens side by side, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmdoctor.decoding.cache import new_cache, sees_everything
+from llmdoctor.decoding.guides import LaneSpec
+from llmdoctor.errors import UserError
+from llmdoctor.models.logps import position_ids
+
+_PACK_ABOVE = 1.5
+_PACK_SLACK = 32
+"""Columns may exceed what the longest row sees by this factor and this many before it pays to close the holes."""
+
+
+class Lane:
+    """One model with its cache over the rows alive.
+
+    Rows need not be in step: a row may sit a step out, and columns may be erased from a row again.
+
+    Args:
+        spec: the model; its head makes the outputs, logits as a rule.
+        prompts: B lists of ids.
+        room: tokens that will be appended.
+    """
+
+    def __init__(self, spec: LaneSpec, prompts: list[list[int]], room: int) -> None:
+        self._spec = spec
+        self._decoder = spec.model.get_decoder()
+        self._head = spec.head
+        self.device = spec.model.get_input_embeddings().weight.device
+        self._last_position = context_of(spec.model) - 1
+        # Several samples of one prompt are one row until their first token.
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        self._source = [distinct.index(tuple(ids)) for ids in prompts]
+        longest = max(map(len, distinct))
+        self._ids = torch.zeros(len(distinct), longest, dtype=torch.long)
+        self._mask = torch.zeros(len(distinct), longest, dtype=torch.long)
+        for place, ids in enumerate(distinct):
+            self._ids[place, longest - len(ids) :] = torch.tensor(ids)
+            self._mask[place, longest - len(ids) :] = 1
+        self._ids, self._mask = self._ids.to(self.device), self._mask.to(self.device)
+        self._cache = new_cache(spec.model.config, room)
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return int(self._spec.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] 1 on the columns that a row sees."""
+        return self._mask
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether so many columns are unseen that `pack` pays."""
+        return self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
+
+    def prefill(self) -> Tensor:
+        """Run the prompts; returns the logits [B, V] of each row's first token."""
+        return self.prefill_states()[0]
+
+    def prefill_states(self) -> tuple[Tensor, Tensor]:
+        """As `prefill`, and the hidden states [B, P, D] of the prompts."""
+        hidden = self._forward(self._ids, position_ids(self._mask))
+        logits = self._outputs(hidden)
+        if len(self._source) > len(logits):
+            self.keep(self._source)
+            hidden, logits = hidden[self._source], logits[self._source]
+        return logits, hidden
+
+    def step(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
+        """Append one token [B] to every row, or to the `active` [B] ones; returns the next logits [B, V].
+
+        The logits of a row that sits the step out mean nothing.
+        """
+        column = self._mask.new_ones(self._mask.shape[0], 1) if active is None else active.to(self._mask)[:, None]
+        self._mask = torch.cat([self._mask, column], dim=1)
+        # A finished row that was not dropped yet may have run past the context; where it looks does not matter.
+        positions = (self._mask.sum(-1, keepdim=True) - 1).clamp(max=self._last_position)
+        return self._outputs(self._forward(tokens.to(self.device)[:, None], positions))
+
+    def keep(self, places: list[int]) -> None:
+        """Make the rows those at `places`, in that order; a place may be named more than once."""
+        index = torch.tensor(places, device=self.device)
+        self._mask = self._mask[index]
+        self._cache.batch_select_indices(index)
+
+    def peek(self, candidates: Tensor) -> Tensor:
+        """Hidden states [B, K, D] after each of K next tokens [B, K], in one pass: they do not see each other.
+
+        The candidates stay in the cache, unseen, until `accept` or `forget` is called, which must be next.
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self._need_full_attention()
+        rows, count = candidates.shape
+        alone = torch.eye(count, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
+        seen = torch.cat([self._mask.bool()[:, None].expand(-1, count, -1), alone], dim=-1)
+        dtype = self._decoder.dtype
+        # Additive, because eager attention adds whatever it is given.
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
+        positions = self._mask.sum(-1, keepdim=True).clamp(max=self._last_position).expand(-1, count)
+        return self._forward(candidates.to(self.device), positions, mask[:, None])
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]: the head's outputs."""
+        return self._head.logits(hidden)
+
+    def accept(self, choice: Tensor) -> None:
+        """Append, of the candidates of the last `peek`, that at `choice` [B] in every row."""
+        start = self._mask.shape[1]
+        for layer in self._cache.layers:
+            layer.pick(start, choice.to(self.device))
+        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], dim=1)
+
+    def forget(self) -> None:
+        """Drop the candidates of the last `peek`."""
+        self._cache.crop(self._mask.shape[1] - self._cache.get_seq_length())
+
+    def feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Append of K tokens [B, K] to each row those where `mask` [B, K] is 1; returns their states [B, K, D]."""
+        start = self._mask.shape[1]
+        self._mask = torch.cat([self._mask, mask.to(self._mask)], dim=1)
+        positions = position_ids(self._mask)[:, start:].clamp(max=self._last_position)
+        return self._forward(tokens.to(self.device), positions)
+
+    def fork(self, places: list[int], room: int) -> Lane:
+        """A lane of its own with the rows at `places` (more than once, perhaps), into which `room` tokens fit.
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self._need_full_attention()
+        index = torch.tensor(places, device=self.device)
+        twin = copy.copy(self)
+        twin._mask = self._mask[index]
+        twin._cache = new_cache(self._spec.model.config, room)
+        for layer, own in zip(twin._cache.layers, self._cache.layers, strict=True):
+            layer.update(own.keys[index], own.values[index])
+        return twin
+
+    def absorb(self, fork: Lane, sources: list[int], places: list[int]) -> None:
+        """Append to the rows at `places` what the rows at `sources` of their `fork` have seen since it was made."""
+        start = self._mask.shape[1]
+        mask = torch.zeros(len(self._mask), fork._mask.shape[1] - start, dtype=torch.long, device=self.device)
+        mask[places] = fork._mask[sources, start:]
+        # Columns that only rows which are not absorbed have are of no use here.
+        width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 0
+        for layer, theirs in zip(self._cache.layers, fork._cache.layers, strict=True):
+            blocks = []
+            for states in (theirs.keys, theirs.values):
+                block = states.new_zeros(len(self._mask), states.shape[1], width, states.shape[3])
+                block[places] = states[sources, :, start : start + width]
+                blocks.append(block)
+            layer.update(*blocks)
+        self._mask = torch.cat([self._mask, mask[:, :width]], dim=1)
+
+    def erase(self, places: list[int], starts: list[int]) -> None:
+        """Make the row at each place forget its columns from its start on; the others stay as they are.
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self._need_full_attention()
+        for place, start in zip(places, starts, strict=True):
+            self._mask[place, start:] = 0
+
+    def pack(self) -> Tensor:
+        """Drop the columns that no row sees, each row's own to the right; returns old column -> new column [B, T + 1].
+
+        The last entry maps T, the place of the next column.
+        """
+        count = self._mask.shape[1]
+        lengths = self._mask.sum(-1)
+        longest = int(lengths.max())
+        # Stable: hidden columns first, then the seen ones in their order.
+        order = self._mask.argsort(dim=-1, stable=True)
+        for layer in self._cache.layers:
+            layer.select_columns(order[:, count - longest :])
+        seen_before = torch.nn.functional.pad(self._mask.cumsum(-1), (1, 0))
+        self._mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
+        return longest - lengths[:, None] + seen_before
+
+    def _need_full_attention(self) -> None:
+        if not sees_everything(self._cache):
+            raise UserError(
+                f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text; this "
+                "method needs full attention in every layer"
+            )
+
+    def _outputs(self, hidden: Tensor) -> Tensor:
+        # Contiguous [B, D] first: a strided slice would make torch multiply row by row with copies of the whole head.
+        return self._head.logits(hidden[:, -1].contiguous())
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden: Tensor = self._decoder(
+            input_ids=ids,
+            attention_mask=self._mask if mask is None else mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
+
+
+def context_of(model: Any) -> int:
+    """Tokens that `model` can see at once, as its config says; 2³⁰ where it says nothing."""
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

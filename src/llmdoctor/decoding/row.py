@@ -1,0 +1,115 @@
+"""A request while it is decoded, and the way of every decoder from requests to completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmdoctor.decoding.request import Completion, Request
+from llmdoctor.errors import UserError
+
+
+class Row:
+    """A request while it is decoded."""
+
+    def __init__(self, index: int, request: Request, prompts: list[list[int]], encoder: Any, room: int) -> None:
+        self.index = index
+        self.request = request
+        self.prompts = prompts
+        self.completion = Completion(id=request.id)
+        self.done = False
+        self.reported = False
+        self._encoder = encoder
+        self.room = room
+        # Philox keyed by the seed alone: a row's numbers do not depend on its neighbours.
+        self._random = np.random.Generator(np.random.Philox(key=request.sampling.seed % (1 << 64)))
+
+    def uniform(self) -> float:
+        """The row's next number in [0, 1)."""
+        return float(self._random.random())
+
+    def append(self, token: int, logp: float, patient_logp: float, drawn_logp: float | None = None) -> None:
+        """Book a drawn token and see whether it ends the row; `drawn_logp` is `logp` where no warper is at work."""
+        done = self.completion
+        done.token_ids.append(token)
+        done.logps.append(logp)
+        done.patient_logps.append(patient_logp)
+        done.drawn_logps.append(logp if drawn_logp is None else drawn_logp)
+        sampling = self.request.sampling
+        if token in self._encoder.stop_ids:
+            return self.finish("stop")
+        if sampling.stop:
+            text = self._encoder.decode(done.token_ids)
+            places = [place for place in (text.find(stop) for stop in sampling.stop) if place >= 0]
+            if places:
+                return self.finish("stop", text[: min(places)])
+        if len(done.token_ids) >= sampling.max_new_tokens:
+            return self.finish("length")
+        if len(done.token_ids) >= self.room:
+            return self.finish("context")
+        return None
+
+    def retract(self, length: int) -> None:
+        """Unbook all tokens but the first `length`, and open the row again."""
+        done = self.completion
+        for values in (done.token_ids, done.logps, done.patient_logps, done.drawn_logps):
+            del values[length:]
+        done.finish_reason = done.text = ""
+        self.done = False
+
+    def finish(self, reason: str, text: str | None = None) -> None:
+        """Close the row."""
+        self.completion.finish_reason = reason
+        self.completion.text = self._encoder.decode(self.completion.token_ids) if text is None else text
+        self.done = True
+
+    def visible_text(self) -> str:
+        """Text that later tokens can no longer change: whole characters, and no beginning of a stop string."""
+        if self.done:
+            return self.completion.text
+        text: str = self._encoder.decode(self.completion.token_ids)
+        text = text.rstrip("\ufffd")
+        for stop in self.request.sampling.stop:
+            for length in range(min(len(stop) - 1, len(text)), 0, -1):
+                if text.endswith(stop[:length]):
+                    text = text[:-length]
+                    break
+        return text
+
+
+def open_row(index: int, request: Request, prompts: list[list[int]], encoder: Any, context: int) -> Row:
+    """A row for `request`, whose prompt is `prompts[i]` to model i; `context` is the shortest of their contexts.
+
+    Raises:
+        UserError: the longest prompt leaves no room in the context.
+    """
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise UserError(
+            f"prompt {request.id or index + 1} has {longest} tokens; the context of {context} leaves no room "
+            "for an answer"
+        )
+    return Row(index, request, prompts, encoder, context - longest)
+
+
+def complete(
+    rows: Sequence[Row],
+    max_batch_size: int,
+    decode: Callable[[list[Row]], Iterator[list[Row]]],
+    on_done: Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
+    """Decode `rows` in batches of similar prompt lengths; the completions come in the order of `rows`.
+
+    Args:
+        decode: takes a batch to its ends, and yields from time to time the rows that have just finished.
+        on_done: called with a row's index and its completion as soon as it is finished.
+    """
+    order = sorted(rows, key=lambda row: (len(row.prompts[0]), row.index))
+    for start in range(0, len(order), max_batch_size):
+        for finished in decode(order[start : start + max_batch_size]):
+            if on_done:
+                for row in finished:
+                    on_done(row.index, row.completion)
+    return [row.completion for row in rows]
