@@ -232,8 +232,7 @@ def _write(path: Path, stamp: Mapping[str, str], cell: Cell) -> None:
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
     }
     lines: Iterable[dict[str, Any]] = (head, *map(asdict, cell.answers))
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        # A gzip header holds a file name and a time unless they are blanked.
-        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-            for line in lines:
-                packed.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with atomic_path(path) as temporary:
+        # A gzip header holds a time unless it is blanked.
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))

@@ -69,7 +69,9 @@ def _patient_alone(samples: int = 1, **sampling: Any) -> Build:
     return build
 
 
-def _guided(kind: str, form: str) -> Build:
+def guided(kind: str, form: str) -> Build:
+    """Guided decoding with a trained guide, in ratio or product form; the setting holds `beta`, perhaps `alpha`."""
+
     def build(kit: Kit, seed: int, setting: Setting) -> Built:
         guide = kit.guide(kind, seed, form)
         decoder = GuidedDecoder(kit.patient, [guide], max_batch_size=kit.options.batch_size)
@@ -142,9 +144,9 @@ CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416", _grid("beta", 0.5, 1, 1.5, 2, 3),
-                  _guided("tfpo", "ratio")),
+                  guided("tfpo", "ratio")),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1, 2),
-                  _guided("tfpo", "product")),
+                  guided("tfpo", "product")),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
         Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
@@ -157,10 +159,10 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("cards", "CARDS", "arXiv 2406.16306", _grid("temperature", 0.7), _cards),
         Contender("transfer_q", "Transfer-Q*", "arXiv 2405.20495", _grid("strength", 1), _transfer_q,
                   few_prompts=True),
-        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.25, 0.5, 1, 2), _guided("genarm", "product")),
+        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.25, 0.5, 1, 2), guided("genarm", "product")),
         Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 0.5, 1, 2), _faces),
         Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
-                  _grid("beta", 0.5, 1, 1.5, 2), _guided("dpo", "ratio")),
+                  _grid("beta", 0.5, 1, 1.5, 2), guided("dpo", "ratio")),
     )
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""

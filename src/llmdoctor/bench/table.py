@@ -14,8 +14,8 @@ from llmdoctor.evaluation.equal_kl import equal_kl_mixture
 from llmdoctor.evaluation.ranking import bradley_terry
 
 MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
-"""Best means the highest score among settings that keep the text: perplexity and distinct-4 within these multiples of the
-patient's. Without such a gate the largest β always scores best, whatever it does to the text."""
+"""Best means the highest score among settings that keep the text: perplexity and distinct-4 within these multiples of
+the patient's. Without such a gate the largest β always scores best, whatever it does to the text."""
 
 
 class Row(TypedDict):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from llmdoctor.cli import chat, demo, generate, inspect, models, pairs, rewards, train
+from llmdoctor.cli import bench, chat, demo, generate, inspect, models, pairs, rewards, train
 from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
 
@@ -41,6 +41,7 @@ for function in (
 ):
     app.command()(function)
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 
 _CLICK_ERROR = typer.BadParameter.__mro__[2]
 _CANNOT_USE = (

@@ -20,7 +20,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
 
 _CPU_BLOCK = 16
-"""Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors stay in the processor's cache."""
+"""Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
 
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from the batch when at most this share is alive: dropping copies every cache."""

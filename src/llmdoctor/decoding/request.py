@@ -109,7 +109,7 @@ class Completion:
 
     @property
     def kl(self) -> float:
-        """Estimate of KL(what was drawn from ‖ patient) in nats from this one answer; unbiased unless `kl_bound` is set."""
+        """Estimate, in nats, of KL(what was drawn from ‖ patient) by this answer; unbiased unless `kl_bound` is set."""
         return sum(self.drawn_logps) - sum(self.patient_logps) if self.kl_bound is None else self.kl_bound
 
 

@@ -17,8 +17,8 @@ CHUNK_ELEMENTS = 1 << 25
 """Logits alive at once: 32 Mi elements, 128 MiB in float32. No tensor of [tokens × vocabulary] outlives a chunk."""
 
 CPU_CHUNK_ELEMENTS = 1 << 22
-"""The same on a CPU. Larger blocks come fresh from the system each time, and faulting in their pages costs more than the
-arithmetic on them."""
+"""The same on a CPU, where larger blocks come fresh from the system each time: faulting in their pages costs more than
+the arithmetic on them."""
 
 
 def chunk_rows(weight: Tensor) -> int:

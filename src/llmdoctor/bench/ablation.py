@@ -1,0 +1,60 @@
+"""The doctor with one part taken away, each trained and measured like the whole."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.kit import ABLATIONS
+from llmdoctor.bench.methods import DOCTOR, Contender, guided
+
+BETAS = (1.0, 2.0)
+
+
+class AblationRow(TypedDict):
+    """One row of `ablation.json`."""
+
+    task: str
+    variant: str
+    beta: float
+    score: float
+    score_low: float
+    score_high: float
+    kl: float
+    distinct_4: float
+    perplexity: float
+    prompts: int
+    seeds: int
+
+
+def make_ablation(arena: Arena) -> list[AblationRow]:
+    """Train and decode what is missing, write `ablation.json`; returns its rows."""
+    settings = tuple({"beta": beta} for beta in BETAS)
+    variants = {
+        # The whole doctor's answers are the main comparison's.
+        kind: Contender(DOCTOR if kind == "tfpo" else kind, kind, "", settings, guided(kind, "ratio"))
+        for kind in ABLATIONS
+    }
+    arena.decode(list(variants.values()))
+    rows: list[AblationRow] = []
+    for task in arena.tasks:
+        for kind, contender in variants.items():
+            for point in arena.points(task, contender):
+                figures = point.figures()
+                rows.append(
+                    {
+                        "task": task.name,
+                        "variant": "whole" if kind == "tfpo" else kind,
+                        "beta": point.setting["beta"],
+                        "score": figures["score"],
+                        "score_low": figures["score_low"],
+                        "score_high": figures["score_high"],
+                        "kl": figures["kl"],
+                        "distinct_4": figures["distinct_4"],
+                        "perplexity": figures["perplexity"],
+                        "prompts": figures["prompts"],
+                        "seeds": figures["seeds"],
+                    }
+                )
+    arena.write("ablation.json", rows)
+    return rows

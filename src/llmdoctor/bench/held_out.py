@@ -1,0 +1,134 @@
+"""What guides say of held-out pairs: how early they tell chosen from rejected, and how often they agree with people."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.kit import Kit
+from llmdoctor.bench.options import Task
+from llmdoctor.data.preferences import PreferencePair, load_preferences
+from llmdoctor.evaluation.dynamics import signal_dynamics
+from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
+
+GUIDES = {"llmdoctor": "tfpo", "genarm": "genarm", "dpo": "dpo"}
+HUMAN_BUDGET = 512
+"""Tokens of a response that are read, as in stage 1."""
+
+
+class DynamicsRow(TypedDict):
+    """One row of `dynamics.json`, see `evaluation.dynamics.Dynamics`."""
+
+    task: str
+    method: str
+    positions: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    scale: float
+    pairs: int
+
+
+class HumanRow(TypedDict):
+    """One row of `human.json`: percent of held-out pairs whose chosen response the guide prefers."""
+
+    method: str
+    accuracy: float
+    low: float
+    high: float
+    pairs: int
+    train_pairs: int
+    seeds: int
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
+    """Train what is missing, write `dynamics.json`; returns its rows. Pairs: those no guide was trained on."""
+    from llmdoctor.baselines.implicit import implicit_rewards
+
+    rows: list[DynamicsRow] = []
+    for task in arena.tasks:
+        kit = arena.kits[task.name]
+        pairs = _unseen(kit)
+        for method, kind in GUIDES.items():
+            found = implicit_rewards(kit.trained(kind, seed), pairs)
+            curve = signal_dynamics(
+                [reward.chosen.tolist() for reward in found], [reward.rejected.tolist() for reward in found]
+            )
+            rows.append(
+                {
+                    "task": task.name,
+                    "method": method,
+                    "positions": list(curve.positions),
+                    "mean": list(curve.mean),
+                    "low": list(curve.low),
+                    "high": list(curve.high),
+                    "scale": curve.scale,
+                    "pairs": curve.pairs,
+                }
+            )
+        kit.forget()
+    arena.write("dynamics.json", rows)
+    return rows
+
+
+def make_human(arena: Arena, train: str, validation: str, faces: str, validation_count: int | None) -> list[HumanRow]:
+    """Train guides on human pairs, write `human.json`; returns its rows.
+
+    Args:
+        arena: where; its `pairs`, `epochs` and `seeds` are the budget.
+        train: source of the training pairs.
+        validation: source of the pairs that are judged.
+        faces: dimension of the faces that read the training pairs.
+        validation_count: at most so many validation pairs.
+    """
+    from llmdoctor.baselines.implicit import implicit_rewards
+
+    task = Task("human", train, faces, "")
+    kit = Kit(task, arena.options, arena.output / "models", arena.steps)
+    pairs = list(load_preferences(validation, limit=validation_count))
+    right: dict[str, list[list[float]]] = {}
+    for method, kind in GUIDES.items():
+        right[method] = [[] for _ in pairs]
+        for seed in arena.seeds:
+            for place, reward in enumerate(implicit_rewards(kit.trained(kind, seed), pairs)):
+                chosen, rejected = reward.totals
+                right[method][place].append(100.0 if chosen > rejected else 50.0 if chosen == rejected else 0.0)
+    rows: list[HumanRow] = []
+    for method, values in right.items():
+        accuracy = cluster_bootstrap_ci(values)
+        gaps = [np.subtract(ours, theirs).tolist() for ours, theirs in zip(right["llmdoctor"], values, strict=True)]
+        difference = cluster_bootstrap_ci(gaps)
+        rows.append(
+            {
+                "method": method,
+                "accuracy": accuracy.mean,
+                "low": accuracy.low,
+                "high": accuracy.high,
+                "pairs": len(pairs),
+                "train_pairs": len(kit.pairs()),
+                "seeds": arena.options.seeds,
+                "difference": difference.mean,
+                "difference_low": difference.low,
+                "difference_high": difference.high,
+            }
+        )
+    arena.write("human.json", rows)
+    return rows
+
+
+def _unseen(kit: Kit, most: int = 200) -> list[PreferencePair]:
+    """Pairs of the task beyond those that were trained on; the held-out tail of those where there are no more."""
+    trained = {(pair.prompt[-1]["content"], pair.chosen, pair.rejected) for pair in kit.pairs()}
+    everything: Sequence[PreferencePair] = list(load_preferences(kit.task.pairs))
+    rest = [pair for pair in everything if (pair.prompt[-1]["content"], pair.chosen, pair.rejected) not in trained]
+    if not rest:
+        own = kit.pairs()
+        rest = own[-max(1, round(0.1 * len(own))) :]
+    return list(itertools.islice(rest, most))

@@ -1,0 +1,196 @@
+"""Two objectives at once: two doctors mixed while decoding, against Reward Soups and MOD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.cells import Answer
+from llmdoctor.bench.kit import Kit
+from llmdoctor.bench.methods import CONTENDERS, PATIENT, Built, Contender, Setting
+from llmdoctor.bench.options import Task
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.errors import UserError
+from llmdoctor.evaluation.metrics import distinct_n
+from llmdoctor.evaluation.pareto import hypervolume, pareto_front
+
+RESAMPLES = 500
+FIRST_SHARES = (0.25, 0.5, 0.75)
+"""Weight of the first task; the second has the rest."""
+
+STRENGTHS = (1.0, 2.0)
+"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; beyond, all
+three go on along the same log-ratios."""
+
+
+class ParetoPoint(TypedDict):
+    """One method at one mixture."""
+
+    method: str
+    setting: dict[str, float]
+    scores: list[float]
+    kl: float
+    distinct_4: float
+    on_front: bool
+
+
+class Volume(TypedDict):
+    """A hypervolume with its bootstrap interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Pareto(TypedDict):
+    """`pareto.json`. The reference point is the patient's own mean scores: only what beats it on both counts."""
+
+    tasks: list[str]
+    reference: list[float]
+    points: list[ParetoPoint]
+    hypervolume: dict[str, Volume]
+    prompts: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A point with its scores [prompts, seeds, 2]."""
+
+    method: str
+    setting: Setting
+    scores: np.ndarray[Any, np.dtype[np.float64]]
+    kl: float
+    distinct_4: float
+
+
+def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
+    """Decode what is missing, write `pareto.json`; returns its content.
+
+    Raises:
+        UserError: the comparison has not exactly two tasks.
+    """
+    if len(arena.tasks) != 2:
+        raise UserError(f"a Pareto front needs two tasks, this comparison has {len(arena.tasks)}")
+    contenders = _contenders(arena, strengths)
+    pair = Task("+".join(task.name for task in arena.tasks), "", "", "")
+    arena.kits.setdefault(pair.name, Kit(pair, arena.options, arena.output, arena.steps))
+    for seed in arena.seeds:
+        for contender in contenders:
+            for setting in contender.settings:
+                arena.cells.get(pair, contender, setting, seed)
+        for kit in arena.kits.values():
+            kit.forget()
+    scored = [_scored(arena, pair, contender, setting) for contender in contenders for setting in contender.settings]
+    patient = _scored(arena, arena.tasks[0], CONTENDERS[PATIENT], {})
+    reference = patient.scores.mean((0, 1))
+    methods = list(dict.fromkeys(entry.method for entry in scored))
+    result: Pareto = {
+        "tasks": [task.name for task in arena.tasks],
+        "reference": reference.tolist(),
+        "points": [],
+        "hypervolume": {},
+        "prompts": patient.scores.shape[0],
+        "seeds": arena.options.seeds,
+    }
+    for method in methods:
+        own = [entry for entry in scored if entry.method == method]
+        front = pareto_front([entry.scores.mean((0, 1)).tolist() for entry in own])
+        for place, entry in enumerate(own):
+            result["points"].append(
+                {
+                    "method": method,
+                    "setting": dict(entry.setting),
+                    "scores": entry.scores.mean((0, 1)).tolist(),
+                    "kl": entry.kl,
+                    "distinct_4": entry.distinct_4,
+                    "on_front": place in front,
+                }
+            )
+        result["hypervolume"][method] = _volume(np.stack([entry.scores for entry in own]), patient.scores)
+    arena.write("pareto.json", result)
+    return result
+
+
+def _volume(scores: Any, patient: Any) -> Volume:
+    """Scores [points, prompts, seeds, 2] and the patient's [prompts, seeds, 2]: drawn prompt by prompt, both alike."""
+    rng = np.random.default_rng(0)
+    count = scores.shape[1]
+
+    def volume(drawn: Any) -> float:
+        return hypervolume(scores[:, drawn].mean((1, 2)).tolist(), patient[drawn].mean((0, 1)).tolist())
+
+    values = [volume(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"value": volume(np.arange(count)), "low": float(low), "high": float(high)}
+
+
+def _scored(arena: Arena, task: Task, contender: Contender, setting: Setting) -> _Scored:
+    by_seed = [arena.cells.get(task, contender, setting, seed).sample(0) for seed in arena.seeds]
+    own = [arena.cells.get(arena.tasks[0], CONTENDERS[PATIENT], {}, seed).sample(0) for seed in arena.seeds]
+    columns = []
+    for objective in arena.tasks:
+        judge = arena.judge(objective)
+        rows = [
+            judge.scores([prompt.messages for prompt in arena.prompts], _texts(answers), _texts(theirs))
+            for answers, theirs in zip(by_seed, own, strict=True)
+        ]
+        columns.append(np.array(rows).T)
+    flat = [answer for answers in by_seed for answer in answers]
+    return _Scored(
+        contender.name,
+        setting,
+        np.stack(columns, axis=-1),
+        sum(answer.kl for answer in flat) / len(flat),
+        sum(distinct_n(_texts(answers), 4) for answers in by_seed) / len(by_seed),
+    )
+
+
+def _texts(answers: Sequence[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def _contenders(arena: Arena, strengths: Sequence[float]) -> list[Contender]:
+    settings = tuple({"share": share, "strength": strength} for strength in strengths for share in FIRST_SHARES)
+    kits = [arena.kits[task.name] for task in arena.tasks]
+
+    def mixed(kind: str) -> Callable[[Kit, int, Setting], Built]:
+        def build(kit: Kit, seed: int, setting: Setting) -> Built:
+            patient = kits[0].patient
+            guides = []
+            for own in kits:
+                guide = own.guide(kind, seed, "ratio")
+                guides.append(Guide(own.task.name, guide.model, guide.reference))
+            betas = dict(zip((own.task.name for own in kits), _weights(setting), strict=True))
+            return _built(patient, guides, betas, arena)
+
+        return build
+
+    def soup(kit: Kit, seed: int, setting: Setting) -> Built:
+        from llmdoctor.baselines.merging import reward_soup
+
+        paths = [own.trained("dpo", seed) for own in kits]
+        shares = [setting["share"], 1 - setting["share"]]
+        merged = reward_soup(paths, shares, kits[0].fresh_base())
+        reference = load_guide(paths[0], kits[0].patient).reference
+        return _built(kits[0].patient, [Guide("soup", merged, reference)], {"soup": setting["strength"]}, arena)
+
+    return [
+        Contender("llmdoctor", "LLMdoctor, two doctors", "arXiv 2601.10416", settings, mixed("tfpo")),
+        Contender("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", settings, soup),
+        Contender("mod", "MOD of DPO policies", "arXiv 2406.18853", settings, mixed("dpo")),
+    ]
+
+
+def _weights(setting: Setting) -> tuple[float, float]:
+    return setting["share"] * setting["strength"], (1 - setting["share"]) * setting["strength"]
+
+
+def _built(patient: Any, guides: list[Guide], betas: Mapping[str, float], arena: Arena) -> Built:
+    decoder = GuidedDecoder(patient, guides, max_batch_size=arena.options.batch_size)
+    return Built(decoder, {"betas": dict(betas)}, {})

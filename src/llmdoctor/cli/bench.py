@@ -1,0 +1,293 @@
+"""`llmdoctor bench`: every method against each other on the same patient, pairs and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llmdoctor.cli.command import Run, command
+from llmdoctor.cli.fields import FieldsOf
+from llmdoctor.errors import UserError
+
+if TYPE_CHECKING:
+    from llmdoctor.bench.arena import Arena
+
+app = typer.Typer(
+    help="Compare LLMdoctor with every other method on the same patient, pairs and prompts. All subcommands share one "
+    "output folder: what one has trained or decoded, the others find there, and a run that was cut goes on.",
+    no_args_is_help=True,
+)
+
+_Output = Annotated[
+    Path, typer.Option("-o", "--output", metavar="FOLDER", help="Results, the raw answers and the trained models.")
+]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="A smoke run of at most ten minutes on two cores; its figures mean nothing.")
+]
+_Size = Annotated[dict[str, Any], FieldsOf("llmdoctor.bench.options", "BenchOptions", panel="Size")]
+_Methods = Annotated[
+    list[str], typer.Option("--method", metavar="NAME", help="Only this method beside LLMdoctor. Repeatable.")
+]
+_TaskName = Annotated[
+    list[str], typer.Option("--task", metavar="NAME", help="Only this of the controlled tasks. Repeatable.")
+]
+_Pairs = Annotated[
+    str | None,
+    typer.Option(
+        "--pairs-from", metavar="SOURCE", help="Your own preference pairs instead of the controlled tasks, as "
+        "`llmdoctor rewards` takes them. Needs --faces and --judge.",
+    ),
+]  # fmt: skip
+_Faces = Annotated[
+    str | None, typer.Option("--faces", metavar="DIMENSION", help="Faces that read your pairs, such as helpful.")
+]
+_Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="JUDGE", help="Who judges your task: a scorer's name, reward:MODEL (a reward model) or "
+        "chat:MODEL@URL (any OpenAI-compatible endpoint).",
+    ),
+]  # fmt: skip
+
+
+def _open(
+    run: Run,
+    output: Path,
+    quick: bool,
+    size: dict[str, Any],
+    tasks: list[str],
+    pairs: str | None,
+    faces: str | None,
+    judge: str | None,
+) -> Arena:
+    from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
+
+    chosen = {task.name: task for task in CONTROLLED_TASKS}
+    unknown = sorted(set(tasks) - set(chosen))
+    if unknown:
+        raise UserError(f"no controlled task is named {', '.join(unknown)}; there is {', '.join(chosen)}")
+    own = {"--pairs-from": pairs, "--faces": faces, "--judge": judge}
+    missing = [name for name, value in own.items() if value is None]
+    if len(missing) not in (0, len(own)):
+        raise UserError(f"a task of your own needs {', '.join(own)}; missing: {', '.join(missing)}")
+    picked = [task for name, task in chosen.items() if not tasks or name in tasks]
+    if pairs is not None and faces is not None and judge is not None:
+        picked = [Task("own", pairs, faces, judge)]
+    options = BenchOptions(**size)
+    from llmdoctor.bench.arena import Arena
+
+    run.kept = f"Finished answers and models are kept in {output}; the same command goes on from there."
+    if quick:
+        run.progress.say("This is a smoke run: its figures mean nothing.")
+    return Arena(output, options.quick() if quick else options, run.progress, picked, quick=quick)
+
+
+def _known_methods(names: list[str]) -> list[str]:
+    from llmdoctor.bench.methods import CONTENDERS
+
+    unknown = sorted(set(names) - set(CONTENDERS))
+    if unknown:
+        raise UserError(f"no method is named {', '.join(unknown)}; there is {', '.join(CONTENDERS)}")
+    return names
+
+
+@command
+def table(
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    task: _TaskName = [],  # noqa: B006
+    method: _Methods = [],  # noqa: B006
+    pairs_from: _Pairs = None,
+    faces: _Faces = None,
+    judge: _Judge = None,
+    size: _Size,
+) -> None:
+    """LLMdoctor against every method: win, tie, loss at each one's best setting and at equal KL.
+
+    Example: llmdoctor bench table --quick
+    """
+    from llmdoctor.bench.table import make_table
+
+    names = _known_methods(method)
+    rows = make_table(_open(run, output, quick, size, task, pairs_from, faces, judge), names)
+    shown = Table(box=None, pad_edge=False)
+    for head in (
+        "task",
+        "against",
+        "at",
+        "win/tie/loss",
+        "win + ½ tie",
+        "95 %",
+        "score",
+        "LLMdoctor's",
+        "KL",
+        "its KL",
+    ):
+        shown.add_column(head, justify="left" if head in ("task", "against", "at") else "right")
+    for row in rows:
+        shown.add_row(
+            row["task"], row["method"], row["at"], f"{row['win']}/{row['tie']}/{row['loss']}",
+            f"{row['win_plus_half_tie']:.1f}", f"{row['ci_low']:.1f} … {row['ci_high']:.1f}", f"{row['score']:.3f}",
+            f"{row['doctor_score']:.3f}", f"{row['kl']:.1f}", f"{row['doctor_kl']:.1f}{'*' if row['clamped'] else ''}",
+        )  # fmt: skip
+    run.console.print(shown)
+    if any(row["clamped"] for row in rows):
+        run.say("* beyond what LLMdoctor was measured at: the nearest setting stands in")
+    _done(run, output, "table.json", quick)
+
+
+@command
+def frontier(
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    task: _TaskName = [],  # noqa: B006
+    method: _Methods = [],  # noqa: B006
+    pairs_from: _Pairs = None,
+    faces: _Faces = None,
+    judge: _Judge = None,
+    size: _Size,
+) -> None:
+    """Score, KL, diversity, fluency and cost of every method at every setting of its knob.
+
+    Example: llmdoctor bench frontier --quick
+    """
+    from llmdoctor.bench.table import make_frontier
+
+    names = _known_methods(method)
+    rows = make_frontier(_open(run, output, quick, size, task, pairs_from, faces, judge), names)
+    figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
+    _print(run, rows, ("task", "method", "setting"), figures)
+    _done(run, output, "frontier.json", quick)
+
+
+@command
+def pareto(run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = False, size: _Size) -> None:
+    """Two doctors mixed, against Reward Soups and MOD: scores of both tasks, fronts, hypervolume.
+
+    Example: llmdoctor bench pareto --quick
+    """
+    from llmdoctor.bench.pareto import make_pareto
+
+    result = make_pareto(_open(run, output, quick, size, [], None, None, None), (1.0,) if quick else (1.0, 2.0))
+    rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
+    _print(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
+    for name, volume in result["hypervolume"].items():
+        run.say(f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f})")
+    _done(run, output, "pareto.json", quick)
+
+
+@command
+def ablation(
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    task: _TaskName = [],  # noqa: B006
+    size: _Size,
+) -> None:
+    """The doctor without one of its parts: sub-trajectory balance, value loss, sparsity, flow, anchors.
+
+    Example: llmdoctor bench ablation --quick
+    """
+    from llmdoctor.bench.ablation import make_ablation
+
+    rows = make_ablation(_open(run, output, quick, size, task, None, None, None))
+    _print(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
+    _done(run, output, "ablation.json", quick)
+
+
+@command
+def dynamics(
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    task: _TaskName = [],  # noqa: B006
+    size: _Size,
+) -> None:
+    """How early in a response LLMdoctor, GenARM and DPO tell chosen from rejected, on held-out pairs.
+
+    Example: llmdoctor bench dynamics --quick
+    """
+    from llmdoctor.bench.held_out import make_dynamics
+
+    rows = make_dynamics(_open(run, output, quick, size, task, None, None, None))
+    quarters = [
+        {
+            **row,
+            **{f"{share:.0%}": row["mean"][round(share * (len(row["mean"]) - 1))] for share in (0.25, 0.5, 0.75, 1)},
+        }
+        for row in rows
+    ]
+    _print(run, quarters, ("task", "method"), ("25%", "50%", "75%", "100%"))
+    _done(run, output, "dynamics.json", quick)
+
+
+@command
+def human(
+    run: Run,
+    *,
+    train: Annotated[str, typer.Option("--train", metavar="SOURCE", help="Human preference pairs to train on.")],
+    validation: Annotated[str, typer.Option("--validation", metavar="SOURCE", help="Held-out human pairs.")],
+    faces: Annotated[str, typer.Option("--faces", metavar="DIMENSION", help="Faces that read the pairs.")] = "harmless",
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    size: _Size,
+) -> None:
+    """How often LLMdoctor, GenARM and DPO prefer the response that people chose, on held-out human pairs.
+
+    Example: llmdoctor bench human --train Anthropic/hh-rlhf/harmless-base --validation my-held-out.jsonl --quick
+    """
+    from llmdoctor.bench.held_out import make_human
+
+    arena = _open(run, output, quick, size, [], None, None, None)
+    rows = make_human(arena, train, validation, faces, 16 if quick else None)
+    _print(run, rows, ("method",), ("accuracy", "low", "high", "difference", "difference_low", "difference_high"))
+    _done(run, output, "human.json", quick)
+
+
+@command
+def report(run: Run, *, output: _Output = Path("runs/bench")) -> None:
+    """One HTML page of all results in the folder.
+
+    Example: llmdoctor bench report -o runs/bench
+    """
+    from llmdoctor.evaluation.bench_report import render_bench_report
+
+    run.say(f"the report is {render_bench_report(output)}")
+
+
+def _print(run: Run, rows: Any, names: tuple[str, ...], figures: tuple[str, ...]) -> None:
+    shown = Table(box=None, pad_edge=False)
+    for name in names:
+        shown.add_column(name)
+    for name in figures:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        shown.add_row(*(_words(row[name]) for name in names), *(f"{row[name]:.3f}" for name in figures))
+    run.console.print(shown)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:g}" for name, number in value.items())
+    return str(value)
+
+
+def _done(run: Run, output: Path, name: str, quick: bool) -> None:
+    if quick:
+        run.say("A smoke run: these figures mean nothing.")
+    run.say(f"results are in {output / name}, every answer in {output / 'raw'}; llmdoctor bench report -o {output}")
+
+
+_COMMANDS: tuple[Callable[..., None], ...] = (table, frontier, pareto, ablation, dynamics, human, report)
+for function in _COMMANDS:
+    app.command()(function)
