@@ -47,7 +47,7 @@ def test_every_command_helps(good: Cli, name: str) -> None:
 
 def test_the_help_names_every_command(good: Cli) -> None:
     text = good("--help").out
-    for name in ("pairs", "rewards", "inspect", "train", "generate", "chat", "models", "demo"):
+    for name in ("pairs", "rewards", "inspect", "train", "generate", "chat", "bench", "models", "demo"):
         assert f" {name} " in text
 
 

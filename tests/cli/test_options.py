@@ -123,7 +123,7 @@ def test_bad_configurations(cli: Cli, tmp_path: Path, text: str | None, message:
 def test_every_option_has_a_key(name: str, cli: Cli, tmp_path: Path) -> None:
     """The error for an unknown key lists what is known: all long options but --config and --help."""
     config = rewards_config(tmp_path, "no-such-key: 1")
-    known = cli(name, "--config", config).err.rpartition("known: ")[2].strip().split(", ")
+    known = cli(*name.split(), "--config", config).err.rpartition("known: ")[2].strip().split(", ")
     options = {
         spelling.lstrip("-")
         for parameter in reference.commands()[name].params

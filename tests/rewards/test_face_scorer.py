@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
-from llmdoctor.rewards.face_scorer import FaceScorer
+from llmdoctor.rewards import face_scorer
+from llmdoctor.rewards.face_scorer import FaceScorer, _alike
 
 LONG = "the cat sat on the mat and the dog ran to the house and " * 3
 
@@ -56,6 +57,39 @@ def test_face_scorer_is_the_naive_score(shared_model: LoadedModel, system: str |
     assert scorer._prefix, "the tests below would not see the shared prefix"
     assert all(ids[: len(scorer._prefix)] == scorer._prefix for ids in prompts)
     close(scorer.score(prompts, COMPLETIONS), naive(shared_model, prompts, COMPLETIONS))
+
+
+@pytest.mark.parametrize("system", ["Be kind.", None])
+def test_two_passes_are_the_naive_score(
+    shared_model: LoadedModel, system: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What models get that cannot read packed rows, on one that can."""
+    monkeypatch.setattr(face_scorer, "can_pack", lambda model: False)
+    test_face_scorer_is_the_naive_score(shared_model, system)
+    test_all_completions_of_one_token(shared_model)
+
+
+def test_a_batch_is_split_where_padding_would_cost(shared_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forward passes in place of one, and every score in its own place."""
+    scorer = scorer_of(shared_model, "Be kind.")
+    prompts = [scorer.prompt_ids([{"role": "user", "content": text}]) for text in ("x", LONG, "the dog")]
+    monkeypatch.setattr(face_scorer, "ENOUGH_TOKENS", 60)
+    passes = []
+    decoder = shared_model.model.get_decoder()
+    watch = decoder.register_forward_pre_hook(lambda *call: passes.append(call[2]["input_ids"].shape), with_kwargs=True)
+    scores = scorer.score(prompts, COMPLETIONS)
+    watch.remove()
+    assert [rows for rows, _ in passes] == [1, 2]
+    close(scores, naive(shared_model, prompts, COMPLETIONS))
+
+
+def test_rows_alike_by_hand() -> None:
+    """Longest first. 600 + 590 tokens are enough, and padding 300 to 600 would make 1,800 of 1,490, over 1.1 ×; after
+    that 300 and 20 are too few to be split.
+    """
+    assert list(_alike([20, 600, 300, 590])) == [[1, 3], [2, 0]]
+    assert list(_alike([7])) == [[0]]
+    assert list(_alike([600] * 4)) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("other", ["another prompt", "the prefix and no more"])

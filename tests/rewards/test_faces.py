@@ -9,7 +9,7 @@ import pytest
 from llmdoctor.errors import UserError
 from llmdoctor.rewards.faces import FacePair, available_dimensions, face_pairs
 
-PROMISED = {"helpful", "harmless", "honest", "polite", "positive", "concise"}
+PROMISED = {"helpful", "harmless", "honest", "polite", "positive", "concise", "readable"}
 
 
 def test_every_promised_dimension_ships() -> None:

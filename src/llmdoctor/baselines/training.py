@@ -58,7 +58,7 @@ class BaselineOptions:
 
     epochs: float = 2.0
     batch_pairs: int = 8
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     warmup: float = 0.05
     max_grad_norm: float = 1.0
     lora_rank: int = 16
@@ -238,7 +238,9 @@ def require_trl(method: str) -> None:
     try:
         import trl  # noqa: F401
     except ImportError as error:
-        raise UserError(f'{method} is trained by TRL, which is not installed: pip install "trl>=1.16"') from error
+        raise UserError(
+            f"{method} is trained by TRL, which is not installed: pip install 'llmdoctor[bench]'"
+        ) from error
 
 
 class AdapterTraining:

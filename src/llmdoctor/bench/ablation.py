@@ -32,7 +32,7 @@ def make_ablation(arena: Arena) -> list[AblationRow]:
     settings = tuple({"beta": beta} for beta in BETAS)
     variants = {
         # The whole doctor's answers are the main comparison's.
-        kind: Contender(DOCTOR if kind == "tfpo" else kind, kind, "", settings, guided(kind, "ratio"))
+        kind: Contender(DOCTOR if kind == "tfpo" else kind, kind, "", settings, guided(kind, "ratio"), trained=(kind,))
         for kind in ABLATIONS
     }
     arena.decode(list(variants.values()))

@@ -67,6 +67,9 @@ class Arena:
 
         In this order a run that is cut leaves whole seeds rather than a part of each.
         """
+        for task in tasks or self.tasks:
+            # One that cannot be used is told now, not after hours of decoding.
+            self.judge(task)
         for seed in self.seeds:
             for task in tasks or self.tasks:
                 for contender in contenders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -112,15 +113,20 @@ class Cells:
 
     def _stamp(self, task: Task, contender: Contender, setting: Setting, seed: int) -> dict[str, str]:
         options = self.options
-        learned = {} if contender.any_task else {"task": asdict(task), "pairs": options.pairs, "epochs": options.epochs}
+        # Not the judge: answers that are there can be judged again by another one.
+        learned = {"source": task.pairs, "faces": task.faces, "pairs": options.pairs, "epochs": options.epochs}
+        kit = self.kits[task.name]
+        recipes = {kind: kit.recipe(kind, seed) for kind in contender.trained}
+        ahead = {"rollout_tokens": options.rollout_tokens} if contender.few_prompts else {}
         prompts = [[prompt.id, list(prompt.messages)] for prompt in self.prompts_of(contender)]
         return {
             "patient": options.patient,
             "base": options.base or options.patient,
             "prompts": digest(prompts),
-            "learned": digest(learned),
+            "learned": digest({} if contender.any_task else learned),
+            "recipes": digest(recipes),
             "length": str(options.max_new_tokens),
-            "setting": digest(dict(setting)),
+            "setting": digest({**setting, **ahead}),
             "seed": str(seed),
         }
 
@@ -172,8 +178,15 @@ class Cells:
         kept = []
         for tries in by_prompt.values():
             best = max(tries, key=lambda entry: entry[0])[1]
-            tokens = sum(answer.tokens for _, answer in tries)
-            kept.append(replace(best, sample=0, kl=best_of_n_kl(n), patient_forwards=tokens, guide_forwards=tokens))
+            kept.append(
+                replace(
+                    best,
+                    sample=0,
+                    kl=best_of_n_kl(n),
+                    patient_forwards=sum(answer.patient_forwards for _, answer in tries),
+                    guide_forwards=sum(answer.tokens for _, answer in tries),
+                )
+            )
         return Cell(kept, seconds)
 
     def _marks(self, built: Built, place: int, completion: Completion) -> list[list[Any]]:
@@ -196,17 +209,14 @@ class Cells:
             with gzip.open(path, "rt", encoding="utf-8") as handle:
                 head = json.loads(handle.readline())
                 rows = [json.loads(line) for line in handle]
-        except (OSError, EOFError, json.JSONDecodeError) as error:
+            if (schema := head["schema_version"]) != SCHEMA_VERSION:
+                raise UserError(f"{path} has schema version {schema}; this version reads {SCHEMA_VERSION}")
+            stored, cell = head["stamp"], Cell([Answer(**row) for row in rows], float(head["seconds"]))
+        except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is broken ({error}); delete it and run again") from error
-        if head.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has schema version {head.get('schema_version')}; this version reads {SCHEMA_VERSION}"
-            )
-        if head["stamp"] != stamp:
-            raise FingerprintMismatch(
-                str(path), head["stamp"], dict(stamp), "Give another output folder, or delete it."
-            )
-        return Cell([Answer(**row) for row in rows], float(head["seconds"]))
+        if stored != stamp:
+            raise FingerprintMismatch(str(path), stored, dict(stamp), "Give another output folder, or delete it.")
+        return cell
 
 
 def _answer(request: Request, done: Completion, sample: int, marks: list[list[Any]]) -> Answer:
@@ -228,7 +238,7 @@ def _write(path: Path, stamp: Mapping[str, str], cell: Cell) -> None:
     head = {
         "schema_version": SCHEMA_VERSION,
         "stamp": stamp,
-        "seconds": round(cell.seconds, 2),
+        "seconds": round(cell.seconds, 6),
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
     }
     lines: Iterable[dict[str, Any]] = (head, *map(asdict, cell.answers))

@@ -12,6 +12,7 @@ from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import Kit
 from llmdoctor.bench.options import Task
 from llmdoctor.data.preferences import PreferencePair, load_preferences
+from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
@@ -49,7 +50,11 @@ class HumanRow(TypedDict):
 
 
 def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
-    """Train what is missing, write `dynamics.json`; returns its rows. Pairs: those no guide was trained on."""
+    """Train what is missing, write `dynamics.json`; returns its rows. Pairs: those no guide was trained on.
+
+    Raises:
+        UserError: a guide tells no pair apart.
+    """
     from llmdoctor.baselines.implicit import implicit_rewards
 
     rows: list[DynamicsRow] = []
@@ -58,9 +63,14 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
         pairs = _unseen(kit)
         for method, kind in GUIDES.items():
             found = implicit_rewards(kit.trained(kind, seed), pairs)
-            curve = signal_dynamics(
-                [reward.chosen.tolist() for reward in found], [reward.rejected.tolist() for reward in found]
-            )
+            try:
+                curve = signal_dynamics(
+                    [reward.chosen.tolist() for reward in found], [reward.rejected.tolist() for reward in found]
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"{task.name}: {method} has learned nothing ({error}); give more pairs or epochs"
+                ) from error
             rows.append(
                 {
                     "task": task.name,

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.errors import FingerprintMismatch
+from llmdoctor.files import digest
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.store import RewardStore
 
+if TYPE_CHECKING:
+    from llmdoctor.baselines.training import BaselineOptions
+    from llmdoctor.tfpo.config import TFPOConfig
+
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "tfpo": {},
-    "no_subtb": {"config": {"objective": "none", "value_coef": 1.0}},
+    "no_subtb": {"config": {"objective": "none"}},
     "no_value": {"config": {"value_coef": 0.0}},
+    "no_leaf": {"config": {"leaf_coef": 0.0}},
     "no_sparsity": {"rewards": {"theta": 0.0}},
     "no_flow": {"config": {"objective": "squared_error"}},
-    "no_anchor": {"config": {"reference_anchor": False, "terminal_anchor": False}},
+    "no_anchor": {
+        "config": {"reference_anchor": False, "terminal_anchor": False, "leaf_coef": 0.0},
+        "rewards": {"signed": False},
+    },
 }
 """The doctor and what can be taken from it; the last is the paper's objective as it is written."""
 
@@ -125,6 +136,15 @@ class Kit:
 
         return self._once(("good_reward", seed), measure)
 
+    def recipe(self, kind: str, seed: int) -> str:
+        """Fingerprint of how a trained model is made: other defaults make other answers."""
+        if kind in ABLATIONS:
+            from llmdoctor.rewards.acquire import RewardOptions
+
+            changes = ABLATIONS[kind]
+            return digest([self._doctor_settings(kind, seed), asdict(RewardOptions(**changes.get("rewards", {})))])
+        return digest(asdict(self._budget(seed)))
+
     def forget(self) -> None:
         """Let go of the models loaded so far; what is on disk stays."""
         self._loaded.clear()
@@ -142,32 +162,59 @@ class Kit:
         from llmdoctor.baselines.dpo import train_dpo
         from llmdoctor.baselines.genarm import train_genarm
         from llmdoctor.baselines.reward_training import train_reward_model
-        from llmdoctor.baselines.training import BaselineOptions
 
         train: Callable[..., Path] = {
             "dpo": train_dpo, "genarm": train_genarm, "reward_model": train_reward_model,
         }[kind]  # fmt: skip
-        budget = BaselineOptions(epochs=self.options.epochs, seed=seed)
-        return train(self.fresh_base(), self.rewards(), folder, budget, callbacks=[self.steps.training_callback(name)])
+        callbacks = [self.steps.training_callback(name)]
+        return train(self.fresh_base(), self.rewards(), folder, self._budget(seed), callbacks=callbacks)
+
+    def _budget(self, seed: int) -> BaselineOptions:
+        from llmdoctor.baselines.training import BaselineOptions
+
+        return BaselineOptions(epochs=self.options.epochs, seed=seed)
 
     def _train_doctor(self, kind: str, seed: int, folder: Path, name: str) -> Path:
         from llmdoctor.models.doctor import CONFIG_NAME
-        from llmdoctor.tfpo.config import TFPOConfig
         from llmdoctor.tfpo.train import train_doctor
 
-        changes = ABLATIONS[kind]
-        config = TFPOConfig(
-            output_dir=str(folder), seed=seed, num_train_epochs=self.options.epochs, disable_tqdm=True,
-            eval_strategy="no", **changes.get("config", {}),
-        )  # fmt: skip
+        config = self._doctor_config(kind, seed, folder)
+        rewards = self.rewards(**ABLATIONS[kind].get("rewards", {}))
         if (folder / CONFIG_NAME).is_file():
-            # Whether it was made with these very settings, its checkpoints' fingerprint tells when it is trained again.
+            self._check_doctor(folder, self._doctor_settings(kind, seed), rewards)
             return folder
-        rewards = self.rewards(**changes.get("rewards", {}))
         return train_doctor(
             self.fresh_base(), rewards, config, dimension=self.task.faces,
             callbacks=[self.steps.training_callback(name)],
         )  # fmt: skip
+
+    def _doctor_config(self, kind: str, seed: int, folder: Path) -> TFPOConfig:
+        from llmdoctor.tfpo.config import TFPOConfig
+
+        return TFPOConfig(
+            output_dir=str(folder), seed=seed, num_train_epochs=self.options.epochs, disable_tqdm=True,
+            eval_strategy="no", **ABLATIONS[kind].get("config", {}),
+        )  # fmt: skip
+
+    def _doctor_settings(self, kind: str, seed: int) -> dict[str, Any]:
+        """What `train_doctor` writes into `doctor.json` of how it was trained."""
+        from llmdoctor.tfpo.train import DoctorOptions, recorded
+
+        return {**recorded(self._doctor_config(kind, seed, Path())), **vars(DoctorOptions())}
+
+    def _check_doctor(self, folder: Path, settings: dict[str, Any], rewards: RewardStore) -> None:
+        """FingerprintMismatch unless the doctor in `folder` is what `train_doctor` would make."""
+        from llmdoctor.models.doctor import DoctorConfig
+
+        stored = DoctorConfig.load(folder)
+        was = {"base": stored.base, "rewards": digest(stored.rewards_fingerprint), "settings": digest(stored.training)}
+        now = {
+            "base": self.options.base or self.options.patient,
+            "rewards": digest(dict(rewards.fingerprint)),
+            "settings": digest(settings),
+        }
+        if was != now:
+            raise FingerprintMismatch(str(folder), was, now, "Give another output folder, or delete it.")
 
 
 @cache

@@ -20,6 +20,9 @@ BEST_OF_N = "best_of_n"
 SAMPLES = 8
 """Answers of the patient to each prompt: the first is its own, the first n are best-of-n's."""
 
+TRANSFER_Q_CANDIDATES = 5
+"""Each token costs as many continuations; the paper takes 10."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -50,6 +53,7 @@ class Contender:
         build: makes the decoder of a task, seed and setting.
         any_task: it has nothing to learn, so its answers serve every task.
         few_prompts: it answers `transfer_q_prompts` prompts only.
+        trained: the models it needs, as `Kit.trained` names them.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Contender:
     build: Build
     any_task: bool = False
     few_prompts: bool = False
+    trained: tuple[str, ...] = ()
 
 
 def _patient_alone(samples: int = 1, **sampling: Any) -> Build:
@@ -123,8 +128,9 @@ def _transfer_q(kit: Kit, seed: int, setting: Setting) -> Built:
         kit.guide("dpo", seed, "product").model,
         kit.reward_model(seed),
         strength=setting["strength"],
+        top_k=TRANSFER_Q_CANDIDATES,
         rollout_tokens=kit.options.rollout_tokens,
-        max_batch_size=max(1, kit.options.batch_size // 10),
+        max_batch_size=max(1, kit.options.batch_size // TRANSFER_Q_CANDIDATES),
     )
     return Built(decoder, {}, {})
 
@@ -137,32 +143,37 @@ def _best_of_n(kit: Kit, seed: int, setting: Setting) -> Built:
 
 
 def _grid(knob: str, *values: float, **fixed: float) -> tuple[Setting, ...]:
-    return tuple({knob: value, **fixed} for value in values)
+    return tuple({knob: float(value), **fixed} for value in values)
 
+
+_CRITIC = ("reward_model",)
 
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416", _grid("beta", 0.5, 1, 1.5, 2, 3),
-                  guided("tfpo", "ratio")),
-        Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1, 2),
-                  guided("tfpo", "product")),
+                  guided("tfpo", "ratio"), trained=("tfpo",)),
+        Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
+                  guided("tfpo", "product"), trained=("tfpo",)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
         Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
         Contender("top_k", "top-k 50", "arXiv 1805.04833", ({},), _patient_alone(top_k=50), any_task=True),
         Contender("top_p", "top-p 0.9", "arXiv 1904.09751", ({},), _patient_alone(top_p=0.9), any_task=True),
         Contender("contrastive", "contrastive search", "arXiv 2202.06417", ({},), _contrastive, any_task=True),
-        Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), _best_of_n),
-        Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 0.5, 1.5), _args(0.0)),
-        Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0)),
-        Contender("cards", "CARDS", "arXiv 2406.16306", _grid("temperature", 0.7), _cards),
+        Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), _best_of_n, trained=_CRITIC),
+        Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 1.5), _args(0.0), trained=_CRITIC),
+        Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0),
+                  trained=_CRITIC),
+        Contender("cards", "CARDS", "arXiv 2406.16306", _grid("temperature", 0.7), _cards,
+                  trained=_CRITIC),
         Contender("transfer_q", "Transfer-Q*", "arXiv 2405.20495", _grid("strength", 1), _transfer_q,
-                  few_prompts=True),
-        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.25, 0.5, 1, 2), guided("genarm", "product")),
-        Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 0.5, 1, 2), _faces),
+                  few_prompts=True, trained=("dpo", "reward_model")),
+        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.5, 1, 2), guided("genarm", "product"),
+                  trained=("genarm",)),
+        Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 1, 2), _faces),
         Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
-                  _grid("beta", 0.5, 1, 1.5, 2), guided("dpo", "ratio")),
+                  _grid("beta", 0.5, 1, 2), guided("dpo", "ratio"), trained=("dpo",)),
     )
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""

@@ -53,11 +53,11 @@ class BenchOptions:
     base: str = ""
     prompts: str = "builtin:prompts/test"
     prompt_count: int = 320
-    pairs: int = 240
+    pairs: int = 300
     seeds: int = 3
     max_new_tokens: int = 48
     epochs: int = 2
-    rollout_tokens: int = 16
+    rollout_tokens: int = 8
     transfer_q_prompts: int = 80
     batch_size: int = 160
 
@@ -69,7 +69,8 @@ class BenchOptions:
 
     def quick(self) -> BenchOptions:
         """A smoke run: small enough for ten minutes on two cores, far too small to mean anything."""
-        return replace(
-            self, prompt_count=16, pairs=32, seeds=1, max_new_tokens=24, epochs=1, rollout_tokens=4,
-            transfer_q_prompts=4, batch_size=128,
-        )  # fmt: skip
+        most = {
+            "prompt_count": 16, "pairs": 32, "seeds": 1, "max_new_tokens": 24, "epochs": 1, "rollout_tokens": 4,
+            "transfer_q_prompts": 4, "batch_size": 128,
+        }  # fmt: skip
+        return replace(self, **{name: min(getattr(self, name), value) for name, value in most.items()})

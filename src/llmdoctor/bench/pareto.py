@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -77,8 +77,12 @@ def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
     """
     if len(arena.tasks) != 2:
         raise UserError(f"a Pareto front needs two tasks, this comparison has {len(arena.tasks)}")
+    for task in arena.tasks:
+        # As in `Arena.decode`.
+        arena.judge(task)
     contenders = _contenders(arena, strengths)
-    pair = Task("+".join(task.name for task in arena.tasks), "", "", "")
+    fields = zip(*(astuple(task) for task in arena.tasks), strict=True)
+    pair = Task(*("+".join(both) for both in fields))
     arena.kits.setdefault(pair.name, Kit(pair, arena.options, arena.output, arena.steps))
     for seed in arena.seeds:
         for contender in contenders:
@@ -181,9 +185,11 @@ def _contenders(arena: Arena, strengths: Sequence[float]) -> list[Contender]:
         return _built(kits[0].patient, [Guide("soup", merged, reference)], {"soup": setting["strength"]}, arena)
 
     return [
-        Contender("llmdoctor", "LLMdoctor, two doctors", "arXiv 2601.10416", settings, mixed("tfpo")),
-        Contender("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", settings, soup),
-        Contender("mod", "MOD of DPO policies", "arXiv 2406.18853", settings, mixed("dpo")),
+        Contender(
+            "llmdoctor", "LLMdoctor, two doctors", "arXiv 2601.10416", settings, mixed("tfpo"), trained=("tfpo",)
+        ),
+        Contender("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", settings, soup, trained=("dpo",)),
+        Contender("mod", "MOD of DPO policies", "arXiv 2406.18853", settings, mixed("dpo"), trained=("dpo",)),
     ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
@@ -11,6 +12,7 @@ from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Figures, Point
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.evaluation.equal_kl import equal_kl_mixture
+from llmdoctor.evaluation.metrics import distinct_n
 from llmdoctor.evaluation.ranking import bradley_terry
 
 MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
@@ -93,24 +95,41 @@ class Chosen:
     """Answers that may come from several settings of one method.
 
     Attributes:
-        texts, scores: by prompt, one value a seed.
+        texts, scores, kls: by prompt, one value a seed; KL in nats.
         points: the settings they are from.
-        kl: mean, nats.
         clamped: the KL asked for lies beyond what the method was measured at.
     """
 
-    def __init__(self, parts: Sequence[Point], *, clamped: bool = False, kl: float | None = None) -> None:
+    def __init__(self, parts: Sequence[Point], *, clamped: bool = False) -> None:
         self.points = list(parts)
         self.texts = {prompt: [a.text for a in row] for part in parts for prompt, row in part.answers.items()}
         self.scores = {prompt: row for part in parts for prompt, row in part.scores.items()}
         self.kls = {prompt: row for part in parts for prompt, row in part.kls.items()}
         self.clamped = clamped
-        self.kl = _mean(self.kls) if kl is None else kl
 
     @property
     def score(self) -> float:
         """Mean score."""
         return _mean(self.scores)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL."""
+        return _mean(self.kls)
+
+    @property
+    def distinct_4(self) -> float:
+        """As a `Point`'s, over all prompts: the figure of a half stands higher than that of the whole."""
+        seeds = range(len(next(iter(self.texts.values()))))
+        return sum(distinct_n([row[seed] for row in self.texts.values()], 4) for seed in seeds) / len(seeds)
+
+    def only(self, prompts: Iterable[str]) -> Chosen:
+        """The same for some of the prompts."""
+        part = copy.copy(self)
+        part.texts, part.scores, part.kls = (
+            {prompt: values[prompt] for prompt in prompts} for values in (self.texts, self.scores, self.kls)
+        )
+        return part
 
     @property
     def settings(self) -> list[dict[str, float]]:
@@ -144,11 +163,10 @@ def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
     points = [point.only(prompts) for point in doctor]
     mixture = equal_kl_mixture(opponent.kl, [(point.kls, point) for point in points])
     low, high = mixture.low, mixture.high
-    chosen = Chosen([low], clamped=mixture.clamped, kl=mixture.mean_kl)
-    texts = [{p: [a.text for a in row] for p, row in point.answers.items()} for point in (low, high)]
-    chosen.texts = mixture.take(texts[0], texts[1])
+    chosen = Chosen([low, high], clamped=mixture.clamped)
+    chosen.texts = mixture.take(Chosen([low]).texts, Chosen([high]).texts)
     chosen.scores = mixture.take(low.scores, high.scores)
-    chosen.points = [low, high]
+    chosen.kls = mixture.take(low.kls, high.kls)
     return chosen
 
 
@@ -164,7 +182,9 @@ def _best(points: Sequence[Point], patient: Point) -> int:
 
 
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
-    outcomes = arena.outcomes(task, {prompt: doctor.texts[prompt] for prompt in method.texts}, method.texts)
+    # A method that answers few prompts is compared on those.
+    doctor = doctor.only(method.texts)
+    outcomes = arena.outcomes(task, doctor.texts, method.texts)
     result = matchup_from_outcomes(outcomes)
     flat = [answer for point in method.points for row in point.answers.values() for answer in row]
     return {
@@ -178,7 +198,7 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "ci_low": result.ci_low,
         "ci_high": result.ci_high,
         "score": method.score,
-        "distinct_4": sum(point.distinct_4 for point in method.points) / len(method.points),
+        "distinct_4": method.distinct_4,
         "kl": method.kl,
         "tokens_per_second": sum(answer.tokens for answer in flat) / sum(point.seconds for point in method.points),
         "prompts": result.prompts,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from llmdoctor.cli.command import Run, command
@@ -54,16 +57,18 @@ _Judge = Annotated[
 ]  # fmt: skip
 
 
-def _open(
+@contextmanager
+def _arena(
     run: Run,
     output: Path,
     quick: bool,
     size: dict[str, Any],
-    tasks: list[str],
-    pairs: str | None,
-    faces: str | None,
-    judge: str | None,
-) -> Arena:
+    tasks: Sequence[str] = (),
+    pairs: str | None = None,
+    faces: str | None = None,
+    judge: str | None = None,
+) -> Iterator[Arena]:
+    """What the options ask for; inside the block the libraries that train are quiet."""
     from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
 
     chosen = {task.name: task for task in CONTROLLED_TASKS}
@@ -74,16 +79,20 @@ def _open(
     missing = [name for name, value in own.items() if value is None]
     if len(missing) not in (0, len(own)):
         raise UserError(f"a task of your own needs {', '.join(own)}; missing: {', '.join(missing)}")
+    if tasks and not missing:
+        raise UserError("--task names a controlled task, --pairs-from one of your own; give one of them")
     picked = [task for name, task in chosen.items() if not tasks or name in tasks]
     if pairs is not None and faces is not None and judge is not None:
         picked = [Task("own", pairs, faces, judge)]
     options = BenchOptions(**size)
     from llmdoctor.bench.arena import Arena
+    from llmdoctor.cli.training_callback import quiet_training
 
     run.kept = f"Finished answers and models are kept in {output}; the same command goes on from there."
     if quick:
         run.progress.say("This is a smoke run: its figures mean nothing.")
-    return Arena(output, options.quick() if quick else options, run.progress, picked, quick=quick)
+    with quiet_training(run.verbose):
+        yield Arena(output, options.quick() if quick else options, run.progress, picked, quick=quick)
 
 
 def _known_methods(names: list[str]) -> list[str]:
@@ -115,7 +124,8 @@ def table(
     from llmdoctor.bench.table import make_table
 
     names = _known_methods(method)
-    rows = make_table(_open(run, output, quick, size, task, pairs_from, faces, judge), names)
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge) as arena:
+        rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
     for head in (
         "task",
@@ -136,7 +146,7 @@ def table(
             f"{row['win_plus_half_tie']:.1f}", f"{row['ci_low']:.1f} … {row['ci_high']:.1f}", f"{row['score']:.3f}",
             f"{row['doctor_score']:.3f}", f"{row['kl']:.1f}", f"{row['doctor_kl']:.1f}{'*' if row['clamped'] else ''}",
         )  # fmt: skip
-    run.console.print(shown)
+    _show(run, shown)
     if any(row["clamped"] for row in rows):
         run.say("* beyond what LLMdoctor was measured at: the nearest setting stands in")
     _done(run, output, "table.json", quick)
@@ -162,7 +172,8 @@ def frontier(
     from llmdoctor.bench.table import make_frontier
 
     names = _known_methods(method)
-    rows = make_frontier(_open(run, output, quick, size, task, pairs_from, faces, judge), names)
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge) as arena:
+        rows = make_frontier(arena, names)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     _print(run, rows, ("task", "method", "setting"), figures)
     _done(run, output, "frontier.json", quick)
@@ -174,9 +185,10 @@ def pareto(run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = Fa
 
     Example: llmdoctor bench pareto --quick
     """
-    from llmdoctor.bench.pareto import make_pareto
+    from llmdoctor.bench.pareto import STRENGTHS, make_pareto
 
-    result = make_pareto(_open(run, output, quick, size, [], None, None, None), (1.0,) if quick else (1.0, 2.0))
+    with _arena(run, output, quick, size) as arena:
+        result = make_pareto(arena, STRENGTHS[:1] if quick else STRENGTHS)
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
     _print(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
     for name, volume in result["hypervolume"].items():
@@ -199,7 +211,8 @@ def ablation(
     """
     from llmdoctor.bench.ablation import make_ablation
 
-    rows = make_ablation(_open(run, output, quick, size, task, None, None, None))
+    with _arena(run, output, quick, size, task) as arena:
+        rows = make_ablation(arena)
     _print(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
     _done(run, output, "ablation.json", quick)
 
@@ -219,7 +232,8 @@ def dynamics(
     """
     from llmdoctor.bench.held_out import make_dynamics
 
-    rows = make_dynamics(_open(run, output, quick, size, task, None, None, None))
+    with _arena(run, output, quick, size, task) as arena:
+        rows = make_dynamics(arena)
     quarters = [
         {
             **row,
@@ -248,8 +262,8 @@ def human(
     """
     from llmdoctor.bench.held_out import make_human
 
-    arena = _open(run, output, quick, size, [], None, None, None)
-    rows = make_human(arena, train, validation, faces, 16 if quick else None)
+    with _arena(run, output, quick, size) as arena:
+        rows = make_human(arena, train, validation, faces, 16 if quick else None)
     _print(run, rows, ("method",), ("accuracy", "low", "high", "difference", "difference_low", "difference_high"))
     _done(run, output, "human.json", quick)
 
@@ -273,7 +287,13 @@ def _print(run: Run, rows: Any, names: tuple[str, ...], figures: tuple[str, ...]
         shown.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         shown.add_row(*(_words(row[name]) for name in names), *(f"{row[name]:.3f}" for name in figures))
-    run.console.print(shown)
+    _show(run, shown)
+
+
+def _show(run: Run, table: Table) -> None:
+    """Print a table in full: a line that is wider than the window goes on below, but no word is cut."""
+    needed = Measurement.get(run.console, run.console.options.update(width=1000), table).maximum
+    Console(highlight=False, width=max(run.console.width, needed)).print(table)
 
 
 def _words(value: Any) -> str:

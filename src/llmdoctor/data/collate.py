@@ -1,6 +1,7 @@
 """Pairs and their token rewards to padded tensors.
 
-Shapes: B pairs, 2B responses, P prompt tokens (left-padded), L completion tokens (right-padded), T = P + L.
+Shapes: B pairs, 2B responses, P prompt tokens (left-padded), L completion tokens (right-padded), T columns: P + L, or
+when packed the longest prompt with both of its responses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from torch import Tensor
 from llmdoctor.data.chat import ChatEncoder
 
 SIDES = ("chosen", "rejected")
+
+SCORES_A_TOKEN = 1000
+"""Attention scores that cost as much as the rest of a token's training step, measured on the shipped model with eager
+attention on a CPU: there 50 prompt and 2 × 256 completion tokens take longer in one row than in two. For wider models
+and fused attention it is more, so packing would pay a little longer than it is used."""
 
 
 class RewardCollator:
@@ -35,16 +41,25 @@ class RewardCollator:
               "divergence": [0],       # number of tokens that both responses of a pair share at their start
               "prompt_width": 2}
 
+    Packed, the pair is one row (see `models.packing`), and all else stays as it is:
+
+        out: {"input_ids": [[5, 6, 7, 8, 2, 9]],
+              "attention_mask": [[1, 1, 1, 1, 1, 1]],
+              "prompt_width": None, …}
+
     `ref_logps` [2B, L] is added where rows carry `chosen_ref_logps` and `rejected_ref_logps`.
 
     Args:
         encoder: of the doctor's tokenizer.
         max_prompt_length: keep only the last so many prompt tokens.
+        packed: put both responses of a pair behind one prompt, for models that read such rows (`Doctor.packs_pairs`),
+            in the batches where that costs less: in all where responses are not much longer than prompts.
     """
 
-    def __init__(self, encoder: ChatEncoder, max_prompt_length: int | None = None) -> None:
+    def __init__(self, encoder: ChatEncoder, max_prompt_length: int | None = None, packed: bool = False) -> None:
         self.encoder = encoder
         self.max_prompt_length = max_prompt_length
+        self.packed = packed
 
     def prompt_ids(self, row: dict[str, Any]) -> list[int]:
         """Ids of the row's prompt, cut from the left to `max_prompt_length`."""
@@ -53,22 +68,25 @@ class RewardCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate B rows."""
-        prompts = [self.prompt_ids(row) for row in rows] * 2
-        completions = [row[f"{side}_ids"] for side in SIDES for row in rows]
-        width, length = max(map(len, prompts)), max(map(len, completions))
-        input_ids = torch.zeros(len(prompts), width + length, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            input_ids[index, width - len(prompt) : width + len(completion)] = torch.tensor([*prompt, *completion])
-            attention_mask[index, width - len(prompt) : width + len(completion)] = 1
+        prompts = [self.prompt_ids(row) for row in rows]
+        chosen, rejected = ([list(row[f"{side}_ids"]) for row in rows] for side in SIDES)
+        length = max(map(len, chosen + rejected))
+        width = max(map(len, prompts))
+        alone = [[*prompt, *completion] for prompt, completion in zip(prompts * 2, chosen + rejected, strict=True)]
+        behind = [[*row, *completion] for row, completion in zip(alone[: len(rows)], rejected, strict=True)]
+        packed = self.packed and _cost(len(behind), max(map(len, behind))) < _cost(len(alone), width + length)
+        if packed:
+            input_ids, attention_mask = _filled(behind)
+        else:
+            input_ids, attention_mask = _filled(alone, [width - len(prompt) for prompt in prompts * 2])
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "completion_mask": attention_mask[:, width:].bool(),
+            "completion_mask": _filled(chosen + rejected)[1].bool(),
             "token_rewards": self._padded(rows, "rewards", length),
             "terminal": torch.tensor([bool(row[f"{side}_terminal"]) for side in SIDES for row in rows]),
             "divergence": torch.tensor([_common_prefix(row["chosen_ids"], row["rejected_ids"]) for row in rows]),
-            "prompt_width": width,
+            "prompt_width": None if packed else width,
         }
         if f"{SIDES[0]}_ref_logps" in rows[0]:
             batch["ref_logps"] = self._padded(rows, "ref_logps", length)
@@ -81,6 +99,24 @@ class RewardCollator:
         for index, value in enumerate(values):
             padded[index, : len(value)] = torch.as_tensor(value, dtype=torch.float32)
         return padded
+
+
+def _cost(rows: int, columns: int) -> float:
+    """Of reading a batch, in tokens. Scores grow with the square of a row's columns."""
+    return rows * columns * (1 + columns / SCORES_A_TOKEN)
+
+
+def _filled(rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and mask [rows, columns] with every row from its column in `starts` on, zeros around."""
+    starts = starts or [0] * len(rows)
+    ids = torch.zeros(
+        len(rows), max(start + len(row) for start, row in zip(starts, rows, strict=True)), dtype=torch.long
+    )
+    mask = torch.zeros_like(ids)
+    for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, start : start + len(row)] = 1
+    return ids, mask
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

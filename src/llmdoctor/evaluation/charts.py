@@ -8,81 +8,12 @@ from markupsafe import Markup
 
 from llmdoctor.evaluation.formatting import percent, plain, signed
 from llmdoctor.evaluation.metrics import Interval
-
-_WIDTH = 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40
-
-
-class _Plot:
-    """An SVG with linear axes; data coordinates in, Markup out."""
-
-    def __init__(self, height: int, x_range: tuple[float, float], y_range: tuple[float, float], label: str) -> None:
-        self.height, self.x_range, self.y_range, self.label = height, x_range, y_range, label
-        self.parts: list[Markup] = []
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        return round(_LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT), 1)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        return round(self.height - _BOTTOM - (value - low) / (high - low) * (self.height - _TOP - _BOTTOM), 1)
-
-    def line(self, css: str, x1: float, y1: float, x2: float, y2: float) -> None:
-        self.parts.append(
-            Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
-                css, self.x(x1), self.y(y1), self.x(x2), self.y(y2)
-            )
-        )
-
-    def bar(self, css: str, x1: float, x2: float, y: float, title: str) -> None:
-        self.parts.append(
-            Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-                css,
-                self.x(x1) + 0.5,
-                self.y(y),
-                round(self.x(x2) - self.x(x1) - 1, 1),
-                round(self.y(self.y_range[0]) - self.y(y), 1),
-                title,
-            )
-        )
-
-    def dot(self, css: str, x: float, y: float, radius: float, title: str) -> None:
-        self.parts.append(
-            Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
-                css, self.x(x), self.y(y), radius, title
-            )
-        )
-
-    def curve(self, css: str, xs: Sequence[float], ys: Sequence[float]) -> None:
-        points = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True))
-        self.parts.append(Markup('<polyline class="{}" points="{}"/>').format(css, points))
-
-    def text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> None:
-        """Text at pixel coordinates."""
-        self.parts.append(
-            Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(css, x, y, anchor, text)
-        )
-
-    def x_axis(self, ticks: Sequence[tuple[float, str]], title: str) -> None:
-        for value, text in ticks:
-            self.text(self.x(value), self.height - _BOTTOM + 16, text)
-        self.text(self.x(sum(self.x_range) / 2), self.height - 5, title, css="axis")
-
-    def y_axis(self, ticks: Sequence[tuple[float, str]]) -> None:
-        for value, text in ticks:
-            self.line("grid", self.x_range[0], value, self.x_range[1], value)
-            self.text(_LEFT - 7, self.y(value) + 4, text, "end")
-
-    def svg(self) -> Markup:
-        return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-            _WIDTH, self.height, self.label, Markup("").join(self.parts)
-        )
+from llmdoctor.evaluation.plot import BOTTOM, TOP, Plot
 
 
 def kept_curve(thetas: Sequence[float], curves: Mapping[str, Sequence[float]], theta: float | None) -> Markup:
     """Share of kept tokens against θ; the keys of `curves` are its lines' CSS classes."""
-    plot = _Plot(240, (0, 1), (0, 1), "Share of tokens kept against the threshold θ")
+    plot = Plot(240, (0, 1), (0, 1), "Share of tokens kept against the threshold θ")
     plot.y_axis([(share, percent(share)) for share in (0, 0.25, 0.5, 0.75, 1)])
     plot.x_axis([(value, plain(value, 1)) for value in (0, 0.2, 0.4, 0.6, 0.8, 1)], "threshold θ")
     for css, shares in curves.items():
@@ -92,10 +23,10 @@ def kept_curve(thetas: Sequence[float], curves: Mapping[str, Sequence[float]], t
     return plot.svg()
 
 
-def _mark_theta(plot: _Plot, theta: float) -> None:
+def _mark_theta(plot: Plot, theta: float) -> None:
     plot.line("mark", theta, plot.y_range[0], theta, plot.y_range[1])
     anchor, shift = ("start", 5) if theta < 0.75 else ("end", -5)
-    plot.text(plot.x(theta) + shift, _TOP + 11, f"θ = {theta:g}", anchor, "axis")
+    plot.text(plot.x(theta) + shift, TOP + 11, f"θ = {theta:g}", anchor, "axis")
 
 
 def importance_histogram(counts: Sequence[int], theta: float | None) -> Markup:
@@ -103,7 +34,7 @@ def importance_histogram(counts: Sequence[int], theta: float | None) -> Markup:
     total = max(1, sum(counts))
     shares = [number / total for number in counts]
     top = max(*shares, 0.01) * 1.08
-    plot = _Plot(240, (0, 1), (0, top), "Histogram of token importance")
+    plot = Plot(240, (0, 1), (0, top), "Histogram of token importance")
     steps = [step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if top / step <= 6] or [0.5]
     plot.y_axis(
         [(n * steps[0], percent(n * steps[0], 1 if steps[0] < 0.01 else 0)) for n in range(int(top / steps[0]) + 1)]
@@ -121,7 +52,7 @@ def importance_histogram(counts: Sequence[int], theta: float | None) -> Markup:
 def before_after(patient: Sequence[float], guided: Sequence[float], low: float = -1.0, high: float = 1.0) -> Markup:
     """One dot a prompt: the patient's score across, the guided score up; dots above the diagonal got better."""
     low, high = min(low, *patient, *guided), max(high, *patient, *guided)
-    plot = _Plot(360, (low, high), (low, high), "Score of each prompt, patient against guided")
+    plot = Plot(360, (low, high), (low, high), "Score of each prompt, patient against guided")
     ticks = [(low + (high - low) * part / 4, signed(low + (high - low) * part / 4, 1)) for part in range(5)]
     plot.y_axis(ticks)
     plot.x_axis(ticks, "score of the patient alone")
@@ -135,8 +66,8 @@ def before_after(patient: Sequence[float], guided: Sequence[float], low: float =
 def interval_rows(rows: Sequence[tuple[str, str, Interval]], low: float = -1.0, high: float = 1.0) -> Markup:
     """Means with their intervals on one axis; a row is (label, CSS class, interval)."""
     low, high = min(low, *(row[2].low for row in rows)), max(high, *(row[2].high for row in rows))
-    height = _TOP + _BOTTOM + 40 * len(rows)
-    plot = _Plot(height, (low, high), (0, len(rows)), "Mean scores with 95 % intervals")
+    height = TOP + BOTTOM + 40 * len(rows)
+    plot = Plot(height, (low, high), (0, len(rows)), "Mean scores with 95 % intervals")
     for part in range(5):
         value = low + (high - low) * part / 4
         plot.line("grid", value, 0, value, len(rows))

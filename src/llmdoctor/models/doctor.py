@@ -23,6 +23,7 @@ from llmdoctor.files import atomic_folder, write_json, write_text
 from llmdoctor.models.card import model_card
 from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
+from llmdoctor.models.packing import PackedPairs, can_pack
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "doctor.json"
@@ -216,30 +217,46 @@ class Doctor(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.device
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prompt_width: int
+        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prompt_width: int | None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the completions and values of their states.
 
         Args:
-            input_ids, attention_mask: [B, T] prompts padded on the left, completions on the right.
+            input_ids, attention_mask: [B, T] prompts padded on the left, completions on the right; or, packed,
+                [B/2, T] rows of a prompt and its two completions, padded on the right (see `PackedPairs`).
             completion_mask: [B, L] true on real completion tokens.
-            prompt_width: P, the column where completions begin.
+            prompt_width: P, the column where completions begin; None for packed rows.
 
         Returns:
             per_token_logps [B, L] and log_v [B, N], both float32.
         """
-        states = completion_states(self.hidden_states(input_ids, attention_mask), prompt_width)
-        logps = per_token_logps(states, self.logits_head, input_ids[:, prompt_width:], completion_mask)
+        if prompt_width is None:
+            pairs = PackedPairs(attention_mask, completion_mask)
+            bias = pairs.attention_bias(self.causal_lm.dtype)
+            states = pairs.take(self.hidden_states(input_ids, bias, pairs.positions))
+            labels = pairs.take(input_ids)[:, 1:]
+        else:
+            states = completion_states(self.hidden_states(input_ids, attention_mask), prompt_width)
+            labels = input_ids[:, prompt_width:]
+        logps = per_token_logps(states, self.logits_head, labels, completion_mask)
         return logps, self.value_head(states.detach() if self.detach_value else states)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T] ids and mask -> [B, T, D] last hidden states (padding on either side)."""
+    @property
+    def packs_pairs(self) -> bool:
+        """Whether `forward` may be given packed rows, as its model and attention stand now (see `can_pack`)."""
+        return can_pack(self.causal_lm)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, T] ids and mask -> [B, T, D] last hidden states (padding on either side).
+
+        With `positions` [B, T] the mask may be a bias [B, 1, T, T] on the attention scores.
+        """
         decoder = self.causal_lm.get_decoder()
         with self._adapters_in_base_precision():
             hidden: Tensor = decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
+                position_ids=position_ids(attention_mask) if positions is None else positions,
                 use_cache=False,
             ).last_hidden_state
         return hidden

@@ -87,7 +87,7 @@ class RewardOptions:
     theta: float = 0.5
     density: float | None = None
     density_over: str = "response"
-    signed: bool = False
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.tau <= 0:

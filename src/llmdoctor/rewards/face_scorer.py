@@ -6,22 +6,31 @@ Shapes: B pairs, 2B responses (chosen and rejected of each pair side by side), P
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.logps import LogitsHead, per_token_logps, position_ids
+from llmdoctor.models.packing import PackedPairs, can_pack
+
+SPARE = 1.1
+"""Padded tokens over real ones, above which a forward pass on a CPU is split."""
+
+ENOUGH_TOKENS = 1024
+"""Real tokens that keep a CPU busy; no forward pass is split below them. A GPU wants all that it is given at once."""
 
 
 class FaceScorer:
     """Scores responses as one patient under one system prompt (or none).
 
     The tokens that every prompt begins with (the system prompt itself) are run once and their cache kept; the rest of
-    a prompt is run once for both of its responses; logits are computed at completion tokens only.
+    a prompt is run once for both of its responses, in one row with them where the model allows it (`can_pack`); logits
+    are computed at completion tokens only.
     """
 
     def __init__(self, model: Any, encoder: ChatEncoder, head: LogitsHead, system: str | None) -> None:
@@ -53,42 +62,84 @@ class FaceScorer:
         Returns:
             2B float32 tensors of the completions' lengths, on the CPU, pair by pair.
         """
-        flat = [ids for pair in completions for ids in pair]
-        width = max(map(len, flat))
-        labels, completion_mask = _pad_right(flat, width, self.model.device)
         shared = len(self._prefix)
         if not all(len(prompt) > shared and prompt[:shared] == self._prefix for prompt in prompts):
             shared = 0
-        rest = [p[shared:] for p in prompts]
-        ids, mask = _pad_left(rest, self.model.device)
+        rest = [prompt[shared:] for prompt in prompts]
+        packed = can_pack(self.model)
+        lengths = [len(prompt) + len(one) + len(other) for prompt, (one, other) in zip(rest, completions, strict=True)]
+        scores: list[Tensor] = [torch.empty(0)] * (2 * len(prompts))
+        for places in _alike(lengths) if self.model.device.type == "cpu" else [range(len(prompts))]:
+            # The chosen responses first, then the rejected ones.
+            flat = [completions[place][side] for side in (0, 1) for place in places]
+            labels, completion_mask = _pad_right(flat, self.model.device)
+            states = self._packed_states if packed else self._two_pass_states
+            hidden = states([rest[place] for place in places], flat, labels, completion_mask, shared)
+            logps = per_token_logps(hidden, self.head, labels, completion_mask).cpu()
+            targets = [2 * place + side for side in (0, 1) for place in places]
+            for target, row, ids in zip(targets, logps, flat, strict=True):
+                scores[target] = row[: len(ids)].clone()
+        return scores
+
+    def _packed_states(
+        self, prompts: Sequence[list[int]], flat: Sequence[list[int]], _: Tensor, completion_mask: Tensor, shared: int
+    ) -> Tensor:
+        """[2B, N, D] from one pass over rows of a prompt and both its responses."""
+        count = len(prompts)
+        rows = [[*p, *one, *other] for p, one, other in zip(prompts, flat[:count], flat[count:], strict=True)]
+        ids, mask = _pad_right(rows, self.model.device)
+        pairs = PackedPairs(mask, completion_mask)
+        out = self.model.get_decoder()(
+            input_ids=ids,
+            # Every row sees the whole of what all begin with.
+            attention_mask=pad(pairs.attention_bias(self.model.dtype), (shared, 0)),
+            position_ids=pairs.positions + shared,
+            past_key_values=self._prefix_copy(count, shared),
+            use_cache=bool(shared),
+        )
+        return pairs.take(out.last_hidden_state)
+
+    def _two_pass_states(
+        self,
+        prompts: Sequence[list[int]],
+        flat: Sequence[list[int]],
+        labels: Tensor,
+        completion_mask: Tensor,
+        shared: int,
+    ) -> Tensor:
+        """[2B, L, D] from a pass over the prompts and one over the responses behind two copies of their cache."""
+        ids, mask = _pad_left(prompts, self.model.device)
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-        cache = None
-        if shared:
-            cache = copy.deepcopy(self._prefix_cache)
-            cache.batch_repeat_interleave(len(prompts))
         decoder = self.model.get_decoder()
         out = decoder(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position_ids(mask)[:, shared:],
+            past_key_values=self._prefix_copy(len(prompts), shared),
+            use_cache=True,
+        )
+        hidden = out.last_hidden_state[:, -1:].repeat(2, 1, 1)
+        if labels.shape[1] == 1:
+            return hidden
+        cache = out.past_key_values
+        cache.batch_select_indices(torch.arange(len(prompts), device=ids.device).repeat(2))
+        both = torch.cat([mask.repeat(2, 1), completion_mask[:, :-1].long()], dim=1)
+        rows = decoder(
+            input_ids=labels[:, :-1],
+            attention_mask=both,
+            position_ids=position_ids(both)[:, mask.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
-        hidden = out.last_hidden_state[:, -1:].repeat_interleave(2, dim=0)
-        if width > 1:
-            cache = out.past_key_values
-            cache.batch_repeat_interleave(2)
-            both = torch.cat([mask.repeat_interleave(2, dim=0), completion_mask[:, :-1].long()], dim=1)
-            rows = decoder(
-                input_ids=labels[:, :-1],
-                attention_mask=both,
-                position_ids=position_ids(both)[:, mask.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden = torch.cat([hidden, rows.last_hidden_state], dim=1)
-        logps = per_token_logps(hidden, self.head, labels, completion_mask).cpu()
-        return [row[: len(ids)].clone() for row, ids in zip(logps, flat, strict=True)]
+        return torch.cat([hidden, rows.last_hidden_state], dim=1)
+
+    def _prefix_copy(self, rows: int, shared: int) -> Any:
+        """The cache of the shared prefix for so many rows, None where nothing is shared."""
+        if not shared:
+            return None
+        cache = copy.deepcopy(self._prefix_cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     def _shared_prefix(self) -> list[int]:
         """The ids with which two prompts that differ from the first character on both begin."""
@@ -113,10 +164,25 @@ def _pad_left(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def _pad_right(rows: Sequence[list[int]], width: int, device: Any) -> tuple[Tensor, Tensor]:
+def _pad_right(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[index, : len(row)] = True
     return ids.to(device), mask.to(device)
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of rows to be read together, longest first: little padding, or too few tokens to be split."""
+    places: list[int] = []
+    real = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padded = (len(places) + 1) * lengths[places[0]] if places else 0
+        if real >= ENOUGH_TOKENS and padded > SPARE * (real + lengths[place]):
+            yield places
+            places, real = [], 0
+        places.append(place)
+        real += lengths[place]
+    yield places

@@ -21,7 +21,7 @@ class TFPOConfig(TrainingArguments):
     """
 
     learning_rate: float = field(
-        default=5e-4, metadata={"help": "Peak learning rate of the policy. LoRA wants about ten times a full model's."}
+        default=1e-3, metadata={"help": "Peak learning rate of the policy. LoRA wants about ten times a full model's."}
     )
     value_learning_rate: float = field(
         default=1e-3,
@@ -69,6 +69,17 @@ class TFPOConfig(TrainingArguments):
     value_detach: bool = field(
         default=False, metadata={"help": "Keep the value head's gradient out of the language model's layers."}
     )
+    leaf_coef: float = field(
+        default=30.0,
+        metadata={
+            "help": "λ_leaf, weight of telling the two ends of a pair apart through their shared prompt; 0 switches it "
+            "off, as in the paper. Higher trusts the pair's label more and the token rewards less."
+        },
+    )
+    leaf_beta: float = field(
+        default=0.1,
+        metadata={"help": "β of the leaf loss, DPO's β: smaller lets the policy move farther before a pair is done."},
+    )
     length_normalize: bool = field(
         default=True,
         metadata={"help": "Divide a response's balance loss by its length, so that long responses do not dominate."},
@@ -103,8 +114,13 @@ class TFPOConfig(TrainingArguments):
             raise UserError(
                 f"value_coef and value_margin must not be negative, got {self.value_coef} and {self.value_margin}"
             )
-        if self.objective == "none" and self.value_coef == 0:
-            raise UserError("objective 'none' with value_coef 0 leaves nothing to train")
+        if not (0 <= self.leaf_coef < math.inf and 0 < self.leaf_beta < math.inf):
+            raise UserError(
+                f"leaf_coef must not be negative and leaf_beta must be positive, got {self.leaf_coef} and "
+                f"{self.leaf_beta}"
+            )
+        if self.objective == "none" and self.value_coef == 0 and self.leaf_coef == 0:
+            raise UserError("objective 'none' with value_coef and leaf_coef 0 leaves nothing to train")
         if not 0 < self.value_learning_rate < math.inf:
             raise UserError(f"value_learning_rate must be positive, got {self.value_learning_rate}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:

@@ -24,9 +24,9 @@ from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
 
 RECORDED = (
     "objective", "eta", "subtb_lambda", "reference_anchor", "terminal_anchor", "length_normalize", "value_coef",
-    "value_margin", "value_detach", "learning_rate", "value_learning_rate", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "seed", "max_steps",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "value_margin", "value_detach", "leaf_coef", "leaf_beta", "learning_rate", "value_learning_rate",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "seed",
+    "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Settings of `TFPOConfig` that decide what a doctor learns: they are fingerprinted and written on its card."""
 
@@ -112,7 +112,7 @@ def train_doctor(
         # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
         base.model.set_attn_implementation("eager")
     doctor.doctor_config.rewards_fingerprint = dict(rewards.fingerprint)
-    doctor.doctor_config.training = {**_recorded(config), **vars(options)}
+    doctor.doctor_config.training = {**recorded(config), **vars(options)}
     train_set, eval_set = _split(rewards, options.eval_fraction)
     config.output_dir = str(output / "checkpoints")
     if eval_set is None:
@@ -129,7 +129,8 @@ def train_doctor(
     return output
 
 
-def _recorded(config: TFPOConfig) -> dict[str, Any]:
+def recorded(config: TFPOConfig) -> dict[str, Any]:
+    """The settings of `RECORDED`, ready for JSON."""
     settings = {name: getattr(config, name) for name in RECORDED}
     return {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
 

@@ -23,13 +23,15 @@ from llmdoctor.models.doctor import Doctor
 from llmdoctor.rewards.face_scorer import FaceScorer
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.flows import balance_potential, state_mask
-from llmdoctor.tfpo.losses import squared_error_loss, subtb_loss, value_discrimination_loss
+from llmdoctor.tfpo.losses import leaf_discrimination_loss, squared_error_loss, subtb_loss, value_discrimination_loss
 
 Progress = Callable[[int], None]
 
 
 class TFPOTrainer(Trainer):
     """Trains a doctor so that probability flow balances over every sub-trajectory of tokens.
+
+    Prompts are read once for both responses where the model allows it (`Doctor.packs_pairs`).
 
     Args:
         model: a `Doctor`.
@@ -61,7 +63,7 @@ class TFPOTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process are not supported: start one process a GPU with torchrun, or show "
                 "this one a single GPU with CUDA_VISIBLE_DEVICES=0"
             )
-        collator = RewardCollator(model.encoder, args.max_prompt_length)
+        collator = RewardCollator(model.encoder, args.max_prompt_length, packed=model.packs_pairs)
         model.detach_value = args.value_detach
         datasets = [
             None if rows is None else with_reference(model, rows, collator, args.per_device_eval_batch_size, progress)
@@ -83,17 +85,19 @@ class TFPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over responses of the balance loss plus λ_value times the value loss."""
+        """Mean of the balance loss, plus λ_value times the value loss, plus λ_leaf times the leaf loss."""
         logps, log_v = model(
             inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], inputs["prompt_width"]
         )
         args: TFPOConfig = self.args
         balance = self._balance_loss(logps, log_v, inputs, args).mean()
         value = _pair_value_loss(log_v, inputs, args.value_margin, args.terminal_anchor).mean()
-        loss = balance + args.value_coef * value
-        margins = _implicit_rewards(logps, inputs)
+        rewards = _implicit_rewards(logps, inputs)
+        leaf = leaf_discrimination_loss(rewards[:, 0], rewards[:, 1], args.leaf_beta).mean()
+        loss = balance + args.value_coef * value + args.leaf_coef * leaf
+        margins = rewards.detach()
         if model.training:
-            self._record(balance, value, margins)
+            self._record(balance, value, leaf, margins)
         return (loss, margins) if return_outputs else loss
 
     @staticmethod
@@ -192,10 +196,11 @@ class TFPOTrainer(Trainer):
             self._window.clear()
         super().log(logs, start_time)
 
-    def _record(self, balance: Tensor, value: Tensor, rewards: Tensor) -> None:
+    def _record(self, balance: Tensor, value: Tensor, leaf: Tensor, rewards: Tensor) -> None:
         for name, number in (
             ("balance_loss", balance),
             ("value_loss", value),
+            ("leaf_loss", leaf),
             ("preference_accuracy", (rewards[:, 0] > rewards[:, 1]).float().mean()),
             ("chosen_reward", rewards[:, 0].mean()),
             ("rejected_reward", rewards[:, 1].mean()),
@@ -257,7 +262,7 @@ def _by_length(dataset: Any, batch_size: int) -> Iterator[list[int]]:
 
 def _implicit_rewards(logps: Tensor, inputs: dict[str, Any]) -> Tensor:
     """[2B, L] -> [B, 2]: Σ_t log π̂/π_ref of the chosen and of the rejected response."""
-    totals = (logps.detach() - inputs["ref_logps"]).masked_fill(~inputs["completion_mask"], 0.0).sum(-1)
+    totals = (logps - inputs["ref_logps"]).masked_fill(~inputs["completion_mask"], 0.0).sum(-1)
     return totals.view(2, -1).T
 
 

@@ -1,0 +1,322 @@
+"""Cells of answers: decoded once, refused where they do not fit, whole after a kill; best-of-n by itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.tools import PROMPTS, SEEDS, answers_of, arena_of, cell_files, tasks_of
+from tests.killing import JobServer
+
+from llmdoctor.baselines.best_of_n import BestOfN
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.kit import ABLATIONS, Kit
+from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, DOCTOR, PATIENT, SAMPLES
+from llmdoctor.bench.options import BenchOptions
+from llmdoctor.bench.table import make_table
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.errors import FingerprintMismatch, UserError
+
+GREEDY = CONTENDERS["greedy"]
+
+
+@pytest.fixture
+def copied(compared: Arena, tmp_path: Path) -> Path:
+    """A copy of the finished comparison's folder."""
+    return Path(shutil.copytree(compared.output, tmp_path / "out"))
+
+
+def test_a_finished_comparison_is_neither_decoded_nor_trained_again(
+    tiny_folder: Path, bench_sources: Path, copied: Path
+) -> None:
+    before = cell_files(copied)
+    arena, told = arena_of(tiny_folder, bench_sources, copied)
+    shutil.rmtree(copied / "models")
+    make_table(arena)
+    assert told.started == []
+    assert cell_files(copied) == before
+    assert not (copied / "models").exists()
+
+
+def test_only_what_is_missing_is_decoded_with_the_models_that_are_there(
+    tiny_folder: Path, bench_sources: Path, copied: Path
+) -> None:
+    before = cell_files(copied)
+    gone = [f"raw/a/{DOCTOR}/beta=2-seed1.jsonl.gz", "raw/a/args/weight=1.5-seed0.jsonl.gz"]
+    for name in gone:
+        (copied / name).unlink()
+    arena, told = arena_of(tiny_folder, bench_sources, copied)
+    make_table(arena)
+    after = cell_files(copied)
+    # The token rewards are there as well: they are only opened.
+    assert [step for step in told.started if "token rewards" not in step] == [
+        "a, seed 0: args weight 1.5",
+        "a, seed 1: llmdoctor beta 2",
+    ]
+    assert {name: after[name] for name in before if name not in gone} == {
+        name: before[name] for name in before if name not in gone
+    }
+    for name in gone:
+        assert answers_of(after[name][1]) == answers_of(before[name][1])
+
+
+def test_every_prompt_has_its_answers_in_order(compared: Arena) -> None:
+    """The patient answers eight times; Transfer-Q* the first four prompts only, as the options say."""
+    ids = [prompt.id for prompt in compared.prompts]
+    for contender in CONTENDERS.values():
+        samples = SAMPLES if contender.name == PATIENT else 1
+        asked = ids[:4] if contender.few_prompts else ids
+        for seed in range(SEEDS):
+            cell = compared.cells.get(compared.tasks[0], contender, contender.settings[0], seed)
+            assert [answer.prompt for answer in cell.answers] == [name for name in asked for _ in range(samples)]
+            assert [answer.sample for answer in cell.sample(0)] == [0] * len(asked)
+            assert cell.seconds > 0
+            assert all(answer.tokens <= 6 for answer in cell.answers)
+
+
+def test_guided_answers_keep_where_the_choice_was_moved(compared: Arena) -> None:
+    """One mark a token, of the guided methods alone."""
+    task = compared.tasks[0]
+    cell = compared.cells.get(task, CONTENDERS[DOCTOR], {"beta": 2.0}, 0)
+    assert [len(answer.marks) for answer in cell.answers] == [answer.tokens for answer in cell.answers]
+    assert any(shift for answer in cell.answers for _, shift in answer.marks)
+    assert not any(answer.marks for answer in compared.cells.get(task, GREEDY, {}, 0).answers)
+
+
+def test_seeds_draw_apart_and_settings_draw_alike(compared: Arena) -> None:
+    """The same prompt, seed and sample draw with the same numbers, so the patient's answer is found again at top-k 300.
+
+    (A vocabulary of 300: top-k with at least as many is the patient itself.)
+    """
+    task = compared.tasks[0]
+    texts = [
+        [a.text for a in compared.cells.get(task, CONTENDERS[PATIENT], {}, seed).sample(0)] for seed in range(SEEDS)
+    ]
+    assert texts[0] != texts[1]
+    requests = [
+        Request(p.messages, sampling=SamplingParams(max_new_tokens=6, top_k=300, seed=(1 << 40) + (place << 16)))
+        for place, p in enumerate(compared.prompts)
+    ]
+    decoder = GuidedDecoder(compared.kits["a"].patient)
+    assert [done.text for done in decoder.generate(requests)] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"max_new_tokens": 5}, {"length"}),
+        ({"prompt_count": 5}, {"prompts"}),
+        ({"pairs": 10}, {"learned"}),
+        ({"epochs": 2}, {"learned", "recipes"}),
+    ],
+    ids=str,
+)
+def test_other_options_are_refused_in_one_line(
+    tiny_folder: Path, bench_sources: Path, copied: Path, changes: dict[str, Any], differs: set[str]
+) -> None:
+    arena, told = arena_of(tiny_folder, bench_sources, copied, **changes)
+    with pytest.raises(FingerprintMismatch, match="was made from other inputs") as caught:
+        make_table(arena)
+    stored, current = caught.value.stored, caught.value.current
+    assert {key for key in stored if stored[key] != current[key]} == differs
+    assert "\n" not in str(caught.value)
+    assert "Give another output folder" in str(caught.value)
+    assert told.started == []
+
+
+def test_other_prompts_faces_and_pairs_are_refused(
+    tiny_folder: Path, bench_sources: Path, copied: Path, tmp_path: Path
+) -> None:
+    text = (bench_sources / "prompts.txt").read_text()
+    (tmp_path / "other.txt").write_text(text.replace("cat", "dog", 1))
+    arena, _ = arena_of(tiny_folder, bench_sources, copied, prompts=str(tmp_path / "other.txt"))
+    with pytest.raises(FingerprintMismatch, match="prompts: stored"):
+        arena.cells.get(arena.tasks[0], GREEDY, {}, 0)
+    task = arena_of(tiny_folder, bench_sources, copied)[0].tasks[0]
+    for other in (replace(task, faces="polite"), replace(task, pairs=str(bench_sources / "b.jsonl"))):
+        arena, _ = arena_of(tiny_folder, bench_sources, copied, tasks=[other])
+        with pytest.raises(FingerprintMismatch, match="learned: stored"):
+            arena.cells.get(other, CONTENDERS[DOCTOR], {"beta": 2.0}, 0)
+        # What has nothing to learn serves any task.
+        assert len(arena.cells.get(other, GREEDY, {}, 0).answers) == PROMPTS
+
+
+def test_how_far_transfer_q_looks_ahead_matters_to_it_alone(
+    tiny_folder: Path, bench_sources: Path, copied: Path
+) -> None:
+    arena, _ = arena_of(tiny_folder, bench_sources, copied, rollout_tokens=3)
+    task = arena.tasks[0]
+    assert len(arena.cells.get(task, CONTENDERS["args"], {"weight": 1.5}, 0).answers) == PROMPTS
+    with pytest.raises(FingerprintMismatch, match="setting: stored"):
+        arena.cells.get(task, CONTENDERS["transfer_q"], {"strength": 1.0}, 0)
+
+
+def test_answers_of_models_that_would_be_trained_otherwise_now_are_refused(
+    tiny_folder: Path, bench_sources: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of this project's defaults; methods that train nothing, or something else, stay as they are."""
+    monkeypatch.setitem(ABLATIONS, "tfpo", {"config": {"eta": 0.7}})  # type: ignore[call-overload]
+    arena, _ = arena_of(tiny_folder, bench_sources, copied)
+    task = arena.tasks[0]
+    with pytest.raises(FingerprintMismatch, match="recipes: stored"):
+        arena.cells.get(task, CONTENDERS[DOCTOR], {"beta": 2.0}, 0)
+    for name, setting in (("dpo", {"beta": 2.0}), ("greedy", {})):
+        assert len(arena.cells.get(task, CONTENDERS[name], setting, 0).answers) == PROMPTS
+
+
+def test_another_judge_judges_the_same_answers(tiny_folder: Path, bench_sources: Path, copied: Path) -> None:
+    arena, told = arena_of(tiny_folder, bench_sources, copied, tasks=tasks_of(bench_sources, judge="brevity")[:1])
+    make_table(arena)
+    assert told.started == []
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 8]) + content[middle + 8 :]
+
+
+def rewritten(change: Any) -> Any:
+    def write(content: bytes) -> bytes:
+        lines = [json.loads(line) for line in gzip.decompress(content).decode().splitlines()]
+        change(lines)
+        return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (cut, "is broken"),
+        (flipped, "is broken"),
+        (lambda content: b"no gzip at all", "is broken"),
+        (lambda content: b"", "is broken"),
+        (lambda content: gzip.compress(b'{"schema_version": 1'), "is broken"),
+        (lambda content: gzip.compress(b"[]\n"), "is broken"),
+        (lambda content: gzip.compress("é".encode("latin-1")), "is broken"),
+        (rewritten(lambda lines: lines[0].pop("stamp")), "is broken"),
+        (rewritten(lambda lines: lines[1].pop("text")), "is broken"),
+        (rewritten(lambda lines: lines[0].update(schema_version=7)), "has schema version 7; this version reads 1"),
+    ],
+)
+def test_a_broken_file_gets_one_line(
+    tiny_folder: Path, bench_sources: Path, copied: Path, break_: Any, message: str
+) -> None:
+    path = copied / "raw/any/greedy/only-seed0.jsonl.gz"
+    path.write_bytes(break_(path.read_bytes()))
+    arena, _ = arena_of(tiny_folder, bench_sources, copied)
+    with pytest.raises(UserError, match=r"only-seed0\.jsonl\.gz") as caught:
+        arena.cells.get(arena.tasks[0], GREEDY, {}, 0)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if message == "is broken":
+        assert "delete it and run again" in str(caught.value)
+
+
+class NumberedSamples:
+    """The patient, with the seeds that the arena gives the samples of a prompt: `Request.seed` names the first."""
+
+    def __init__(self, kit: Kit, n: int) -> None:
+        self.inner = GuidedDecoder(kit.patient, max_batch_size=64)
+        self.n = n
+
+    def generate(self, requests: Iterable[Request], *, on_done: Any = None) -> list[Completion]:
+        asked = [
+            replace(request, sampling=replace(request.sampling, seed=int(request.id) + place % self.n))
+            for place, request in enumerate(requests)
+        ]
+        return self.inner.generate(asked, on_done=on_done)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_best_of_n_is_best_of_n_by_itself(compared: Arena, n: int) -> None:
+    kit, task = compared.kits["a"], compared.tasks[0]
+    for seed in range(SEEDS):
+        decoder = BestOfN(NumberedSamples(kit, n), kit.reward_model(seed), n)
+        done = decoder.generate(
+            Request(p.messages, sampling=SamplingParams(max_new_tokens=6), id=str((seed << 40) + (place << 16)))
+            for place, p in enumerate(compared.prompts)
+        )
+        cell = compared.cells.get(task, CONTENDERS[BEST_OF_N], {"n": float(n)}, seed)
+        assert [answer.text for answer in cell.answers] == [one.text for one in done]
+        assert [answer.kl for answer in cell.answers] == pytest.approx([one.kl for one in done])
+        assert [(a.tokens, a.finish) for a in cell.answers] == [(len(o.token_ids), o.finish_reason) for o in done]
+        assert [(answer.patient_forwards, answer.guide_forwards) for answer in cell.answers] == [
+            (one.patient_forwards, one.guide_forwards) for one in done
+        ]
+
+
+JOB = """
+from pathlib import Path
+import torch
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.bench.table import make_table
+from llmdoctor.cli.progress import Progress
+
+def main(patient, folder, output):
+    # As `float32`.
+    torch.cpu._is_amx_tile_supported = lambda: False
+    options = BenchOptions(
+        patient=patient, prompts=folder + "/prompts.txt", prompt_count=6, pairs=12, seeds=2, max_new_tokens=6,
+        epochs=1, batch_size=64,
+    )
+    arena = Arena(Path(output), options, Progress(), [Task("a", folder + "/a.jsonl", "positive", "vader")])
+    make_table(arena, ["best_of_n", "genarm"])
+"""
+
+
+def test_a_killed_run_goes_on(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path, job_server: JobServer, compared: Arena
+) -> None:
+    """Killed again and again: what was there stays as it is, all of it is whole, and the end is an unbroken run's."""
+    output = tmp_path / "out"
+
+    def left() -> dict[str, Any]:
+        found = cell_files(output) if output.exists() else {}
+        assert all(answers_of(content) for _, content in found.values())
+        configs = ("doctor.json", "reward_model.json")
+        made = [path for name in configs for path in (output / "models").glob(f"*/seed*/*/{name}")]
+        return {**found, **{str(path): path.stat().st_mtime_ns for path in made}}
+
+    seen = job_server.run_through_kills(JOB, tiny_folder, bench_sources, output, kills=3, seconds=5.0, left=left)
+    assert any(seen), "no kill came in time"
+    last = left()
+    for found in seen:
+        assert {name: last[name] for name in found} == found
+    end = cell_files(output)
+    whole = cell_files(compared.output)
+    assert {name: answers_of(content) for name, (_, content) in end.items()} == {
+        name: answers_of(whole[name][1]) for name in end
+    }
+    methods = {name.split("/")[2] for name in end}
+    assert methods == {DOCTOR, PATIENT, BEST_OF_N, "genarm"}
+    rows = json.loads((output / "table.json").read_text())
+    reference = {(row["method"], row["at"]): row for row in json.loads((compared.output / "table.json").read_text())}
+    timed = {"tokens_per_second"}
+    for row in rows:
+        other = reference[row["method"], row["at"]]
+        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_options_refuse_what_cannot_be() -> None:
+    with pytest.raises(UserError, match="seeds must be at least 1, got 0"):
+        BenchOptions(seeds=0)
+    with pytest.raises(UserError, match="prompt_count must be at least 2, got 1"):
+        BenchOptions(prompt_count=1)
+
+
+def test_a_quick_run_is_never_larger_than_what_was_asked_for() -> None:
+    quick = BenchOptions(pairs=8, max_new_tokens=100).quick()
+    assert (quick.pairs, quick.max_new_tokens, quick.seeds, quick.prompt_count) == (8, 24, 1, 16)

@@ -1,0 +1,93 @@
+"""Ablations, signal dynamics and held-out human pairs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from tests.bench.tools import PROMPTS, Told, arena_of, cell_files
+from tests.tiny import some_pairs
+
+from llmdoctor.baselines.implicit import implicit_rewards
+from llmdoctor.bench.ablation import BETAS, AblationRow, make_ablation
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.held_out import GUIDES, DynamicsRow, HumanRow, _unseen, make_dynamics, make_human
+from llmdoctor.bench.kit import ABLATIONS
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR
+from llmdoctor.data.preferences import write_pairs
+from llmdoctor.errors import FingerprintMismatch
+
+
+@pytest.fixture(scope="module")
+def made(
+    compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Arena, Told]:
+    """The finished comparison's folder, copied, to go on in."""
+    output = tmp_path_factory.mktemp("held") / "out"
+    shutil.copytree(compared.output, output)
+    return arena_of(tiny_folder, bench_sources, output, seeds=1)
+
+
+def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
+    arena, told = made
+    before = cell_files(arena.output)
+    rows = make_ablation(arena)
+    assert rows == json.loads((arena.output / "ablation.json").read_text())
+    assert [(row["variant"], row["beta"]) for row in rows] == [
+        ("whole" if kind == "tfpo" else kind, beta) for kind in ABLATIONS for beta in BETAS
+    ]
+    assert all(set(row) == set(get_type_hints(AblationRow)) for row in rows)
+    assert all((row["prompts"], row["seeds"]) == (PROMPTS, 1) for row in rows)
+    # The whole doctor's answers are the comparison's.
+    for row in rows[:2]:
+        whole = arena.point(arena.tasks[0], CONTENDERS[DOCTOR], {"beta": row["beta"]})
+        assert (row["score"], row["kl"]) == (pytest.approx(whole.score), pytest.approx(whole.kl))
+    assert {name: made for name, made in cell_files(arena.output).items() if name in before} == before
+    assert not [step for step in told.started if "llmdoctor" in step or step.endswith("training tfpo")]
+
+
+def test_dynamics_of_every_guide(made: tuple[Arena, Told]) -> None:
+    """12 pairs, all trained on: the held-out tail, one pair in ten, is what is read."""
+    rows = make_dynamics(made[0])
+    assert rows == json.loads((made[0].output / "dynamics.json").read_text())
+    assert [(row["task"], row["method"]) for row in rows] == [("a", method) for method in GUIDES]
+    assert all(set(row) == set(get_type_hints(DynamicsRow)) for row in rows)
+    assert all(row["pairs"] == 1 for row in rows)
+    assert all(len(row["mean"]) == len(row["positions"]) == len(row["low"]) == len(row["high"]) for row in rows)
+
+
+def test_pairs_that_were_not_trained_on(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    few, _ = arena_of(tiny_folder, bench_sources, tmp_path, pairs=8)
+    rest = _unseen(few.kits["a"])
+    assert len(rest) == 4
+    assert not {pair.chosen for pair in rest} & {pair.chosen for pair in few.kits["a"].pairs()}
+    every, _ = arena_of(tiny_folder, bench_sources, tmp_path)
+    assert _unseen(every.kits["a"]) == every.kits["a"].pairs()[-1:]
+
+
+def test_human_accuracy_is_the_share_of_pairs_preferred_right(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out", seeds=1)
+    held_out = some_pairs(9, seed=7)
+    write_pairs(tmp_path / "held-out.jsonl", held_out)
+    sources = (str(bench_sources / "b.jsonl"), str(tmp_path / "held-out.jsonl"))
+    rows = make_human(arena, *sources, "harmless", 8)
+    assert rows == json.loads((arena.output / "human.json").read_text())
+    assert [row["method"] for row in rows] == list(GUIDES)
+    for row in rows:
+        assert set(row) == set(get_type_hints(HumanRow))
+        assert (row["pairs"], row["train_pairs"], row["seeds"]) == (8, 12, 1)
+        folder = arena.output / "models/human/seed0" / GUIDES[row["method"]]
+        totals = [reward.totals for reward in implicit_rewards(folder, held_out[:8])]
+        right = [100.0 * (chosen > rejected) + 50.0 * (chosen == rejected) for chosen, rejected in totals]
+        assert row["accuracy"] == pytest.approx(sum(right) / len(right))
+        assert row["low"] <= row["accuracy"] <= row["high"]
+        assert row["difference"] == pytest.approx(rows[0]["accuracy"] - row["accuracy"])
+    assert (rows[0]["difference"], rows[0]["difference_low"], rows[0]["difference_high"]) == (0, 0, 0)
+    other: dict[str, Any] = {"train": str(bench_sources / "a.jsonl"), "validation": sources[1]}
+    with pytest.raises(FingerprintMismatch):
+        make_human(arena, **other, faces="harmless", validation_count=8)

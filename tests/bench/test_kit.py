@@ -1,0 +1,152 @@
+"""Models of a task: trained once, taken as they are only if they are what would be trained now."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.tools import Told, options_of, tasks_of
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.kit import ABLATIONS, Kit
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.models.doctor import DoctorConfig
+from llmdoctor.tfpo.train import train_doctor
+
+TRAINED = ("tfpo", "dpo", "genarm", "reward_model")
+
+
+@pytest.fixture
+def models(compared: Arena, tmp_path: Path) -> Path:
+    """A copy of the finished comparison's models."""
+    return Path(shutil.copytree(compared.output / "models", tmp_path / "models"))
+
+
+def kit_of(tiny_folder: Path, sources: Path, models: Path, **changes: Any) -> tuple[Kit, Told]:
+    told = Told()
+    return Kit(tasks_of(sources)[0], options_of(tiny_folder, sources, **changes), models, told), told
+
+
+def test_pairs_are_the_same_for_all_and_a_part_is_their_beginning(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    every, _ = kit_of(tiny_folder, bench_sources, tmp_path)
+    few, _ = kit_of(tiny_folder, bench_sources, tmp_path, pairs=5)
+    assert every.pairs() == every.pairs()
+    assert few.pairs() == every.pairs()[:5]
+    assert len({(pair.chosen, pair.rejected) for pair in every.pairs()}) == 12
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_trained_model_is_taken_as_it_is(tiny_folder: Path, bench_sources: Path, models: Path, kind: str) -> None:
+    kit, told = kit_of(tiny_folder, bench_sources, models)
+    folder = models / "a" / "seed1" / kind
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert kit.trained(kind, 1) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    assert not [step for step in told.started if "training" in step]
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_model_of_other_settings_is_refused(tiny_folder: Path, bench_sources: Path, models: Path, kind: str) -> None:
+    kit, _ = kit_of(tiny_folder, bench_sources, models, epochs=2)
+    with pytest.raises(FingerprintMismatch, match="settings: stored") as caught:
+        kit.trained(kind, 0)
+    assert str(models / "a" / "seed0" / kind) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_doctor_of_other_rewards_or_another_base_is_refused(
+    tiny_folder: Path, bench_sources: Path, models: Path, tmp_path: Path
+) -> None:
+    """Token rewards made anew from other pairs: their fingerprint is no longer the one that the doctor names."""
+    other = shutil.copytree(tiny_folder, tmp_path / "copy")
+    kit, _ = kit_of(tiny_folder, bench_sources, models, base=str(other))
+    with pytest.raises(FingerprintMismatch, match="base: stored"):
+        kit.trained("tfpo", 0)
+    shutil.rmtree(models / "a" / "rewards")
+    kit, _ = kit_of(tiny_folder, bench_sources, models, pairs=10)
+    with pytest.raises(FingerprintMismatch, match="rewards: stored"):
+        kit.trained("tfpo", 0)
+
+
+def test_a_doctor_of_another_seed_in_its_place_is_refused(tiny_folder: Path, bench_sources: Path, models: Path) -> None:
+    shutil.rmtree(models / "a" / "seed0" / "tfpo")
+    shutil.copytree(models / "a" / "seed1" / "tfpo", models / "a" / "seed0" / "tfpo")
+    kit, _ = kit_of(tiny_folder, bench_sources, models)
+    with pytest.raises(FingerprintMismatch, match="settings: stored"):
+        kit.trained("tfpo", 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ABLATIONS if kind != "tfpo"])
+def test_an_ablation_is_trained_without_its_part_and_found_again(
+    tiny_folder: Path, bench_sources: Path, models: Path, kind: str
+) -> None:
+    """Exactly what `ABLATIONS` names differs from the whole doctor: settings of training, or of the rewards."""
+    kit, told = kit_of(tiny_folder, bench_sources, models)
+    made = DoctorConfig.load(kit.trained(kind, 0))
+    whole = DoctorConfig.load(models / "a" / "seed0" / "tfpo")
+    changes = ABLATIONS[kind]
+    assert {k: v for k, v in made.training.items() if v != whole.training[k]} == {
+        k: v for k, v in changes.get("config", {}).items() if v != whole.training[k]
+    }
+    assert (made.rewards_fingerprint != whole.rewards_fingerprint) == ("rewards" in changes)
+    assert f"a, seed 0: training {kind}" in told.started
+    again, told = kit_of(tiny_folder, bench_sources, models)
+    assert again.trained(kind, 0) == models / "a" / "seed0" / kind
+    assert not [step for step in told.started if "training" in step]
+
+
+def test_no_sparsity_keeps_every_token(tiny_folder: Path, bench_sources: Path, models: Path) -> None:
+    kit, _ = kit_of(tiny_folder, bench_sources, models)
+    kept = {theta: kit.rewards(**options) for theta, options in ((0.5, {}), (0.0, {"theta": 0.0}))}
+    zeros = {
+        theta: sum(reward == 0 for row in store.dataset() for reward in row["chosen_rewards"])
+        for theta, store in kept.items()
+    }
+    assert zeros[0.0] == 0 < zeros[0.5]
+
+
+def test_doctors_of_two_seeds_differ(compared: Arena) -> None:
+    weights = [
+        (compared.output / f"models/a/seed{seed}/tfpo/adapter/adapter_model.safetensors").read_bytes()
+        for seed in (0, 1)
+    ]
+    assert weights[0] != weights[1]
+
+
+def test_the_doctor_is_what_train_doctor_makes(
+    compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    """The same pairs, epochs and seed give the same bytes."""
+    from llmdoctor.models.loading import load_model
+    from llmdoctor.tfpo.config import TFPOConfig
+
+    kit = compared.kits["a"]
+    config = TFPOConfig(
+        output_dir=str(tmp_path / "own"), seed=1, num_train_epochs=1, disable_tqdm=True, eval_strategy="no"
+    )
+    own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, dimension="positive")
+    name = "adapter/adapter_model.safetensors"
+    assert (own / name).read_bytes() == (compared.output / "models/a/seed1/tfpo" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "method"), [("dpo", "DPO"), ("reward_model", "A reward model")])
+def test_without_trl_it_says_what_to_install(
+    tiny_folder: Path, bench_sources: Path, models: Path, monkeypatch: pytest.MonkeyPatch, kind: str, method: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    kit, _ = kit_of(tiny_folder, bench_sources, models)
+    with pytest.raises(UserError, match=rf"{method} is trained by TRL.*: pip install 'llmdoctor\[bench\]'$"):
+        kit.trained(kind, 5)
+
+
+def test_what_good_answers_score(compared: Arena) -> None:
+    """CARDS's threshold: the mean reward of the chosen responses, one by one."""
+    kit = compared.kits["a"]
+    model = kit.reward_model(0)
+    singles = [model.score([pair.prompt], [pair.chosen])[0] for pair in kit.pairs()]
+    assert kit.good_reward(0) == pytest.approx(sum(singles) / len(singles), abs=1e-4)

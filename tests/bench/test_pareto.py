@@ -1,0 +1,141 @@
+"""Two tasks at once: mixtures, fronts and hypervolumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+from tests.bench.tools import PROMPTS, Told, arena_of, cell_files, tasks_of
+
+from llmdoctor.baselines.merging import reward_soup
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender
+from llmdoctor.bench.options import Task
+from llmdoctor.bench.pareto import FIRST_SHARES, Pareto, ParetoPoint, _volume, make_pareto
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.errors import FingerprintMismatch, UserError
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_folder: Path, bench_sources: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Arena, Told, Pareto]:
+    output = tmp_path_factory.mktemp("pareto")
+    arena, told = arena_of(tiny_folder, bench_sources, output, tasks=tasks_of(bench_sources), seeds=1)
+    return arena, told, make_pareto(arena, (1.0,))
+
+
+def test_points_of_every_method_and_mixture(made: tuple[Arena, Told, Pareto]) -> None:
+    arena, _, result = made
+    assert set(result) == set(get_type_hints(Pareto))
+    assert result == json.loads((arena.output / "pareto.json").read_text())
+    assert (result["tasks"], result["prompts"], result["seeds"]) == (["a", "b"], PROMPTS, 1)
+    assert [(point["method"], point["setting"]) for point in result["points"]] == [
+        (method, {"share": share, "strength": 1.0})
+        for method in ("llmdoctor", "reward_soup", "mod")
+        for share in FIRST_SHARES
+    ]
+    assert all(set(point) == set(get_type_hints(ParetoPoint)) for point in result["points"])
+    assert set(result["hypervolume"]) == {"llmdoctor", "reward_soup", "mod"}
+    for volume in result["hypervolume"].values():
+        assert 0 <= volume["low"] <= volume["high"]
+        assert volume["value"] >= 0
+
+
+def test_the_reference_is_the_patient(made: tuple[Arena, Told, Pareto]) -> None:
+    arena, _, result = made
+    own = [answer.text for answer in arena.cells.get(arena.tasks[0], CONTENDERS[PATIENT], {}, 0).sample(0)]
+    prompts = [prompt.messages for prompt in arena.prompts]
+    for place, task in enumerate(arena.tasks):
+        scores = arena.judge(task).scores(prompts, own, own)
+        assert result["reference"][place] == pytest.approx(sum(scores) / len(scores))
+
+
+def test_a_point_is_on_the_front_unless_its_method_has_a_better_one(made: tuple[Arena, Told, Pareto]) -> None:
+    points = made[2]["points"]
+    for place, point in enumerate(points):
+        own = [(index, other["scores"]) for index, other in enumerate(points) if other["method"] == point["method"]]
+        beaten = any(
+            all(one >= mine for one, mine in zip(scores, point["scores"], strict=True))
+            # Of equal points the first stands for all.
+            and (scores != point["scores"] or index < place)
+            for index, scores in own
+        )
+        assert point["on_front"] == (not beaten)
+
+
+def test_a_volume_by_hand() -> None:
+    """Reference (0, 0); points (2, 1) and (1, 2), on every prompt alike: 2 · 1 + 1 · 2 − 1 · 1 = 3, without spread."""
+    patient = np.zeros((5, 1, 2))
+    scores = np.stack([np.broadcast_to([2.0, 1.0], (5, 1, 2)), np.broadcast_to([1.0, 2.0], (5, 1, 2))])
+    assert _volume(scores, patient) == {"value": 3.0, "low": 3.0, "high": 3.0}
+    # What is worse than the patient on one count dominates nothing.
+    assert _volume(np.broadcast_to([5.0, -1.0], (1, 5, 1, 2)), patient)["value"] == 0
+
+
+@pytest.mark.parametrize(("method", "kind"), [("llmdoctor", "tfpo"), ("mod", "dpo")])
+def test_mixtures_are_two_guides_by_hand(made: tuple[Arena, Told, Pareto], method: str, kind: str) -> None:
+    """share 0.25 of strength 1: β = 0.25 on the first task's guide and 0.75 on the second's."""
+    arena, _, _ = made
+    kits = [arena.kits["a"], arena.kits["b"]]
+    guides = [load_guide(kit.trained(kind, 0), kits[0].patient, name=kit.task.name, form="ratio") for kit in kits]
+    assert texts(arena, guides, {"a": 0.25, "b": 0.75}) == kept(arena, method, kind)
+
+
+def test_a_soup_is_a_merged_policy_by_hand(made: tuple[Arena, Told, Pareto]) -> None:
+    arena, _, _ = made
+    kits = [arena.kits["a"], arena.kits["b"]]
+    paths = [kit.trained("dpo", 0) for kit in kits]
+    merged = reward_soup(paths, [0.25, 0.75], kits[0].fresh_base())
+    guide = Guide("soup", merged, load_guide(paths[0], kits[0].patient).reference)
+    assert texts(arena, [guide], {"soup": 1.0}) == kept(arena, "reward_soup", "dpo")
+
+
+def texts(arena: Arena, guides: list[Guide], betas: dict[str, float]) -> list[str]:
+    requests = [
+        Request(prompt.messages, betas=betas, sampling=SamplingParams(max_new_tokens=6, seed=place << 16))
+        for place, prompt in enumerate(arena.prompts)
+    ]
+    return [done.text for done in GuidedDecoder(arena.kits["a"].patient, guides).generate(requests)]
+
+
+def kept(arena: Arena, method: str, kind: str) -> list[str]:
+    """The answers on disk."""
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the cell is there")
+
+    names, sources, faces, judges = zip(*((t.name, t.pairs, t.faces, t.judge) for t in arena.tasks), strict=True)
+    pair = Task("+".join(names), "+".join(sources), "+".join(faces), "+".join(judges))
+    contender = Contender(method, "", "", (), never, trained=(kind,))
+    cell = arena.cells.get(pair, contender, {"share": 0.25, "strength": 1.0}, 0)
+    return [answer.text for answer in cell.answers]
+
+
+def test_a_second_run_finds_all(made: tuple[Arena, Told, Pareto], tiny_folder: Path, bench_sources: Path) -> None:
+    before = cell_files(made[0].output)
+    arena, told = arena_of(tiny_folder, bench_sources, made[0].output, tasks=tasks_of(bench_sources), seeds=1)
+    assert make_pareto(arena, (1.0,)) == made[2]
+    assert told.started == []
+    assert cell_files(made[0].output) == before
+
+
+def test_other_pairs_of_either_task_are_refused(
+    made: tuple[Arena, Told, Pareto], tiny_folder: Path, bench_sources: Path
+) -> None:
+    one, two = tasks_of(bench_sources)
+    swapped = Task(two.name, one.pairs, two.faces, two.judge)
+    arena, _ = arena_of(tiny_folder, bench_sources, made[0].output, tasks=[one, swapped], seeds=1)
+    with pytest.raises(FingerprintMismatch, match="learned: stored"):
+        make_pareto(arena, (1.0,))
+
+
+def test_two_tasks_are_needed(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out")
+    with pytest.raises(UserError, match="a Pareto front needs two tasks, this comparison has 1"):
+        make_pareto(arena)

@@ -1,0 +1,301 @@
+"""Choice of the best setting, equal KL, and the rows of the table and the frontier."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from tests.bench.tools import PROMPTS, SEEDS, arena_of, tasks_of
+
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.cells import Answer
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender, Setting
+from llmdoctor.bench.options import Task
+from llmdoctor.bench.points import Figures, Point
+from llmdoctor.bench.table import Chosen, Elo, Row, at_kl, best_point, make_table
+from llmdoctor.errors import UserError
+from llmdoctor.evaluation.diversity import self_bleu
+from llmdoctor.evaluation.metrics import distinct_n
+
+TASK = Task("a", "", "positive", "vader")
+DOCUMENTED = {
+    "task", "method", "at", "win", "tie", "loss", "win_plus_half_tie", "ci_low", "ci_high", "score", "distinct_4",
+    "kl", "tokens_per_second", "prompts", "seeds",
+}  # fmt: skip
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError("a hand-made method is never built")
+
+
+def answer(prompt: str, text: str = "one two three four", **options: Any) -> Answer:
+    fields = {"tokens": 4, "finish": "stop", "kl": 0.0, "patient_logp": -4.0, "patient_forwards": 4}
+    return Answer(prompt=prompt, sample=0, text=text, **{**fields, "guide_forwards": 0, **options})
+
+
+def point(setting: Setting, scores: Sequence[float], *, texts: Sequence[str] = (), **options: Any) -> Point:
+    """A point with one seed: prompts p0, p1, … with these scores; by default every text is another one."""
+    prompts = [f"p{place}" for place in range(len(scores))]
+    words = texts or [f"w{place} x{place} y{place} z{place}" for place in range(len(scores))]
+    answers = {p: [answer(p, text, **options)] for p, text in zip(prompts, words, strict=True)}
+    method = Contender("some", "some", "", (), nothing)
+    return Point("a", method, setting, answers, {p: [s] for p, s in zip(prompts, scores, strict=True)}, 1.0)
+
+
+class Given:
+    """As much of an arena as the choice looks at: points made by hand, LLMdoctor's for every method."""
+
+    def __init__(self, points: list[Point], patient: Point) -> None:
+        self._points, self._patient = points, patient
+
+    def points(self, task: Task, contender: Contender) -> list[Point]:
+        return self._points
+
+    def patient(self, task: Task) -> Point:
+        return self._patient
+
+
+def best(points: list[Point], patient: Point) -> Chosen:
+    return best_point(Given(points, patient), TASK, CONTENDERS[DOCTOR])  # type: ignore[arg-type]
+
+
+def test_each_half_is_answered_at_the_setting_that_won_on_the_other() -> None:
+    """Even prompts (p0, p2) like setting 1, odd ones (p1, p3) setting 2: even ones get 2's answers, odd ones 1's.
+
+    Chosen on all prompts, the score would be 1 · ½ + 0 · ½ at best by either setting; chosen and measured on the same
+    half it would be 1. Cross-fitted it is 0: nothing chosen by luck counts.
+    """
+    one = point({"beta": 1.0}, [1, 0, 1, 0])
+    two = point({"beta": 2.0}, [0, 1, 0, 1])
+    chosen = best([one, two], point({}, [0, 0, 0, 0]))
+    assert chosen.scores == {"p0": [0], "p2": [0], "p1": [0], "p3": [0]}
+    assert chosen.score == 0
+    assert chosen.settings == [{"beta": 2.0}, {"beta": 1.0}]
+
+
+def test_a_setting_that_is_better_everywhere_is_chosen_for_all() -> None:
+    one, two = point({"beta": 1.0}, [0, 0, 1, 0]), point({"beta": 2.0}, [1, 1, 1, 1])
+    chosen = best([one, two], point({}, [0, 0, 0, 0]))
+    assert chosen.settings == [{"beta": 2.0}]
+    assert chosen.score == 1
+    assert set(chosen.texts) == {"p0", "p1", "p2", "p3"}
+
+
+@pytest.mark.parametrize(
+    ("logp", "allowed"),
+    [(-4.0 * (1 + math.log(1.49)), True), (-4.0 * (1 + math.log(1.51)), False), (-1.0, True)],
+)
+def test_perplexity_may_be_one_and_a_half_times_the_patients(logp: float, allowed: bool) -> None:
+    """The patient's is e: −4 nats over 4 tokens. 1.49 e is allowed, 1.51 e is not, and less is always."""
+    gentle, strong = point({"beta": 1.0}, [0, 0, 0, 0]), point({"beta": 2.0}, [1, 1, 1, 1], patient_logp=logp)
+    chosen = best([gentle, strong], point({}, [0, 0, 0, 0]))
+    assert chosen.settings == [{"beta": 2.0 if allowed else 1.0}]
+
+
+def test_distinct_4_must_keep_95_percent_of_the_patients() -> None:
+    """Two prompts a half, one 4-gram each: the patient has 2 distinct of 2; a method that repeats itself 1 of 2."""
+    same = ["a b c d"] * 4
+    gentle, strong = point({"beta": 1.0}, [0, 0, 0, 0]), point({"beta": 2.0}, [1, 1, 1, 1], texts=same)
+    assert best([gentle, strong], point({}, [0, 0, 0, 0])).settings == [{"beta": 1.0}]
+    # Measured against a patient that repeats itself as well, it is no worse.
+    assert best([gentle, strong], point({}, [0, 0, 0, 0], texts=same)).settings == [{"beta": 2.0}]
+
+
+def test_where_no_setting_keeps_the_text_the_gentlest_is_best() -> None:
+    points = [point({"beta": beta}, [beta] * 4, patient_logp=-40.0) for beta in (1.0, 2.0, 3.0)]
+    assert best(points, point({}, [0, 0, 0, 0])).settings == [{"beta": 1.0}]
+
+
+def test_a_single_setting_is_taken_for_all_prompts() -> None:
+    chosen = best([point({"n": 2.0}, [1, 2, 3])], point({}, [0, 0, 0]))
+    assert (chosen.settings, chosen.score) == ([{"n": 2.0}], 2)
+
+
+def test_diversity_of_a_choice_is_of_all_its_prompts() -> None:
+    """Both halves have distinct 4-grams of their own, 1.0 each; together 4 of 8 repeat: half are distinct."""
+    texts = ["a b c d", "a b c d", "e f g h", "e f g h"]
+    only = point({"beta": 1.0}, [0, 0, 0, 0], texts=texts)
+    halves = Chosen([only.only(["p0", "p2"]), only.only(["p1", "p3"])])
+    assert [part.distinct_4 for part in halves.points] == [1.0, 1.0]
+    assert halves.distinct_4 == 0.5
+
+
+def test_part_of_a_choice() -> None:
+    part = Chosen([point({"beta": 1.0}, [1, 2, 3])]).only(["p0", "p2"])
+    assert (part.score, set(part.texts), part.settings) == (2, {"p0", "p2"}, [{"beta": 1.0}])
+
+
+def opponent(kl: float, prompts: int = 8) -> Chosen:
+    return Chosen([point({}, [0.0] * prompts, kl=kl)])
+
+
+def test_llmdoctor_is_mixed_to_the_opponents_kl() -> None:
+    """Points at 2 and 6 nats and a target of 3: one prompt in four is answered at 6, so the mean is 3."""
+    low, high = point({"beta": 1.0}, [1] * 8, kl=2.0), point({"beta": 2.0}, [5] * 8, kl=6.0)
+    arena = Given([low, high], point({}, [0] * 8, kl=0.0))
+    chosen = at_kl(arena, TASK, opponent(3.0))  # type: ignore[arg-type]
+    assert chosen.kl == pytest.approx(3.0)
+    assert chosen.score == pytest.approx(0.75 * 1 + 0.25 * 5)
+    assert (chosen.settings, chosen.clamped) == ([{"beta": 1.0}, {"beta": 2.0}], False)
+    assert set(chosen.texts) == {f"p{place}" for place in range(8)}
+
+
+def test_below_its_gentlest_setting_llmdoctor_is_mixed_with_the_patient() -> None:
+    """At 1 nat half of the answers are the patient's own (β = 0) and half those of β = 1."""
+    arena = Given([point({"beta": 1.0}, [1] * 8, kl=2.0)], point({}, [0] * 8, kl=0.0))
+    chosen = at_kl(arena, TASK, opponent(1.0))  # type: ignore[arg-type]
+    assert (chosen.kl, chosen.score, chosen.clamped) == (1.0, 0.5, False)
+    assert chosen.settings == [{}, {"beta": 1.0}]
+
+
+@pytest.mark.parametrize(("kl", "setting"), [(9.0, {"beta": 1.0}), (-1.0, {})])
+def test_beyond_what_was_measured_the_nearest_setting_stands_in(kl: float, setting: Setting) -> None:
+    arena = Given([point({"beta": 1.0}, [1] * 8, kl=2.0)], point({}, [0] * 8, kl=0.0))
+    chosen = at_kl(arena, TASK, opponent(kl))  # type: ignore[arg-type]
+    assert (chosen.clamped, chosen.settings) == (True, [dict(setting)])
+
+
+def test_figures_of_a_point_by_hand() -> None:
+    """Two prompts, two seeds, 4 tokens each at −1 nat: perplexity e; 16 tokens in 2 s; 3 guide positions of 4."""
+    texts = {"p0": ["a b c d", "e f g h"], "p1": ["a b c d", "i j k l"]}
+    answers = {p: [answer(p, text, guide_forwards=3, kl=2.0) for text in row] for p, row in texts.items()}
+    made = Point("a", CONTENDERS["dpo"], {"beta": 1.0}, answers, {"p0": [1.0, 2.0], "p1": [3.0, 6.0]}, 2.0)
+    found = made.figures()
+    assert set(found) == set(get_type_hints(Figures))
+    assert (found["score"], found["kl"], found["kl_low"], found["kl_high"]) == (3.0, 2.0, 2.0, 2.0)
+    assert (found["score_low"], found["score_high"]) == (1.5, 4.5)
+    # Seed 0 says one 4-gram twice, seed 1 two different ones.
+    assert found["distinct_4"] == pytest.approx((0.5 + 1.0) / 2)
+    assert found["perplexity"] == pytest.approx(math.e)
+    assert (found["tokens_per_second"], found["guide_forwards_per_token"]) == (8.0, 0.75)
+    assert (found["prompts"], found["seeds"]) == (2, 2)
+    part = made.only(["p1"])
+    assert (part.score, part.seconds, part.seeds) == (4.5, 1.0, 2)
+
+
+@pytest.fixture(scope="module")
+def rows(compared: Arena) -> list[Row]:
+    found: list[Row] = json.loads((compared.output / "table.json").read_text())
+    return found
+
+
+def test_rows_have_the_documented_fields(rows: list[Row]) -> None:
+    assert set(get_type_hints(Row)) >= DOCUMENTED
+    assert all(set(row) == set(get_type_hints(Row)) for row in rows)
+
+
+def test_every_method_has_its_rows_and_llmdoctor_never_meets_itself(rows: list[Row]) -> None:
+    names = [name for name in CONTENDERS if name != DOCTOR]
+    assert [(row["method"], row["at"]) for row in rows] == [
+        (name, at) for name in names for at in ("best", "equal_kl") if (name, at) != (PATIENT, "equal_kl")
+    ]
+
+
+def test_counts_and_shares_agree(rows: list[Row]) -> None:
+    for row in rows:
+        count = row["win"] + row["tie"] + row["loss"]
+        assert count == row["prompts"] * row["seeds"]
+        assert row["seeds"] == SEEDS
+        assert row["prompts"] == (4 if row["method"] == "transfer_q" else PROMPTS)
+        assert row["win_plus_half_tie"] == pytest.approx(100 * (row["win"] + row["tie"] / 2) / count)
+        assert row["ci_low"] <= row["win_plus_half_tie"] <= row["ci_high"]
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["distinct_4"] <= 1
+
+
+def test_at_equal_kl_llmdoctor_spends_what_the_other_does(rows: list[Row], compared: Arena) -> None:
+    """Off by the luck of the lot alone: at most one answer of the dearest setting, unless it is clamped."""
+    task = compared.tasks[0]
+    largest = max(max(p.kls[name]) for p in compared.points(task, CONTENDERS[DOCTOR]) for name in p.kls)
+    for row in rows:
+        if row["at"] == "equal_kl" and not row["clamped"]:
+            assert row["doctor_kl"] == pytest.approx(row["kl"], abs=largest)
+        if row["at"] == "best":
+            assert not row["clamped"]
+    assert any(not row["clamped"] for row in rows if row["at"] == "equal_kl")
+
+
+def test_rows_say_what_the_cells_say(rows: list[Row], compared: Arena) -> None:
+    """Greedy has one setting: its row is made anew from its answers and the judge, and the best LLMdoctor's."""
+    task = compared.tasks[0]
+    scorer = compared.judge(task)
+    (row,) = [row for row in rows if row["method"] == "greedy" and row["at"] == "best"]
+    doctor = best_point(compared, task, CONTENDERS[DOCTOR])
+    signs, scores, kls, texts = [], [], [], []
+    for seed in range(SEEDS):
+        cell = compared.cells.get(task, CONTENDERS["greedy"], {}, seed)
+        texts.append([answer.text for answer in cell.answers])
+        for prompt, one in zip(compared.prompts, cell.answers, strict=True):
+            score = scorer.scores([prompt.messages], [one.text], [""])[0]
+            ours = scorer.scores([prompt.messages], [doctor.texts[prompt.id][seed]], [""])[0]
+            scores.append(score)
+            kls.append(one.kl)
+            signs.append((ours > score) - (ours < score))
+    assert (row["win"], row["tie"], row["loss"]) == (signs.count(1), signs.count(0), signs.count(-1))
+    assert row["score"] == pytest.approx(sum(scores) / len(scores))
+    assert row["kl"] == pytest.approx(sum(kls) / len(kls))
+    assert row["distinct_4"] == pytest.approx(sum(distinct_n(seed, 4) for seed in texts) / SEEDS)
+
+
+def test_a_method_of_few_prompts_is_compared_on_those(rows: list[Row], compared: Arena) -> None:
+    (row,) = [row for row in rows if row["method"] == "transfer_q" and row["at"] == "best"]
+    doctor = best_point(compared, compared.tasks[0], CONTENDERS[DOCTOR])
+    scores = [score for prompt in compared.prompts[:4] for score in doctor.scores[prompt.id]]
+    assert row["doctor_score"] == pytest.approx(sum(scores) / len(scores))
+
+
+def test_the_frontier_has_every_setting(compared: Arena) -> None:
+    found = json.loads((compared.output / "frontier.json").read_text())
+    assert [(row["method"], row["setting"]) for row in found] == [
+        (name, dict(setting)) for name, contender in CONTENDERS.items() for setting in contender.settings
+    ]
+    assert all(set(row) == set(get_type_hints(Figures)) for row in found)
+    by_method = {row["method"]: row for row in found}
+    assert by_method[PATIENT]["kl"] == pytest.approx(0, abs=1e-4)
+    # One prompt beside another: seed 0's answers.
+    task = compared.tasks[0]
+    texts = [[a.text for a in compared.cells.get(task, CONTENDERS["top_p"], {}, s).answers] for s in range(SEEDS)]
+    assert by_method["top_p"]["self_bleu"] == pytest.approx(sum(map(self_bleu, texts)) / SEEDS)
+    by_setting = {(row["method"], *row["setting"].values()): row for row in found}
+    assert by_setting["best_of_n", 8.0]["kl"] == pytest.approx(math.log(8) - 7 / 8)
+    for row in found:
+        assert row["score_low"] <= row["score"] <= row["score_high"]
+        assert row["perplexity"] >= 1
+
+
+def test_ratings_hold_the_patient_still(compared: Arena) -> None:
+    found = json.loads((compared.output / "elo.json").read_text())
+    assert sorted(row["method"] for row in found) == sorted(CONTENDERS)
+    assert all(set(row) == set(get_type_hints(Elo)) for row in found)
+    (own,) = [row for row in found if row["method"] == PATIENT]
+    assert own["low"] == own["elo"] == own["high"]
+
+
+def test_some_methods_only(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    """LLMdoctor and the patient always take part; greedy is decoded for both tasks at once."""
+    arena, told = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks_of(bench_sources), seeds=1)
+    rows = make_table(arena, ["greedy"])
+    assert [(row["task"], row["method"], row["at"]) for row in rows] == [
+        (task, *rest) for task in "ab" for rest in ((PATIENT, "best"), ("greedy", "best"), ("greedy", "equal_kl"))
+    ]
+    assert [step for step in told.started if "greedy" in step] == ["seed 0: greedy"]
+
+
+def test_tasks_need_names_of_their_own(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two tasks share a name: a, a"):
+        arena_of(tiny_folder, bench_sources, tmp_path, tasks=tasks_of(bench_sources)[:1] * 2)
+
+
+def test_the_record_says_what_the_results_are_made_of(compared: Arena) -> None:
+    record = json.loads((compared.output / "run.json").read_text())
+    assert record["quick"] is False
+    assert record["note"] == ""
+    assert record["options"]["pairs"] == 12
+    assert (record["prompts"], record["seeds"]) == (PROMPTS, [0, 1])
+    assert record["tasks"][0]["name"] == "a"
+    assert {"commit", "prompts_hash", "versions", "machine"} <= set(record)
+    assert {"torch", "transformers", "trl", "peft"} <= set(record["versions"])

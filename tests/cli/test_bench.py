@@ -1,0 +1,256 @@
+"""`llmdoctor bench` on the tiny model: every subcommand, and mistakes of the user's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.tools import cell_files, float32, sources
+from tests.chat_server import Judging, Say, serving
+from tests.cli.harness import Cli
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
+
+SMOKE = "This is a smoke run: its figures mean nothing."
+PRINTED_BY_LIBRARIES = (
+    "train_loss",
+    "eval_loss",
+    "Caching reference",
+    "Generating train split",
+    "Warning",
+    "examples/s",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float32() -> Iterator[None]:
+    with float32():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and prompts as files."""
+    return sources(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def size(tiny_folder: Path, own: Path) -> tuple[object, ...]:
+    """Options of a run far smaller than a smoke run."""
+    return (
+        "--patient", tiny_folder, "--prompts", own / "prompts.txt", "--pairs", 12, "--seeds", 1, "--epochs", 1,
+        "--max-new-tokens", 4, "--rollout-tokens", 1, "--transfer-q-prompts", 2,
+    )  # fmt: skip
+
+
+def own_task(own: Path, judge: str = "vader") -> tuple[object, ...]:
+    return ("--pairs-from", own / "a.jsonl", "--faces", "positive", "--judge", judge)
+
+
+def refused(cli: Cli, *arguments: object) -> str:
+    """The one line that a command is refused with."""
+    ended = cli("bench", *arguments)
+    assert ended.status == 2, ended.out + ended.err
+    assert "Traceback" not in ended.err
+    lines = [line for line in ended.err.splitlines() if line.startswith("llmdoctor: error: ")]
+    assert lines == ended.err.splitlines()[-1:], ended.err
+    return lines[0]
+
+
+def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
+    """All in one folder: each says that it is a smoke run, writes its file, and is quiet about its libraries."""
+    output = tmp_path / "out"
+    human = ("--train", own / "a.jsonl", "--validation", own / "b.jsonl")
+    commands: dict[str, tuple[object, ...]] = {
+        "table": ("--task", "sentiment"),
+        "frontier": ("--task", "sentiment"),
+        "pareto": (),
+        "ablation": ("--task", "readability"),
+        "dynamics": (),
+        "human": human,
+    }
+    for name, more in commands.items():
+        ended = good("bench", name, "--quick", "-o", output, *more, *size)
+        assert SMOKE in ended.err, name
+        assert "A smoke run: these figures mean nothing." in ended.out
+        assert f"results are in {output / name}.json" in ended.out
+        assert json.loads((output / f"{name}.json").read_text())
+        record = json.loads((output / "run.json").read_text())
+        assert record["quick"] is True
+        assert "smoke run" in record["note"]
+        assert (record["options"]["pairs"], record["options"]["batch_size"]) == (12, 128)
+        for word in PRINTED_BY_LIBRARIES:
+            assert word not in ended.out + ended.err, (name, word)
+        assert "{'" not in ended.out + ended.err
+    again = good("bench", "table", "--quick", "-o", output, "--task", "sentiment", *size)
+    assert "answers in" not in again.err
+    assert "training" not in again.err
+
+
+def test_a_table_of_ones_own_task(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
+    ended = good("bench", "table", "-o", tmp_path / "out", "--method", "greedy", *own_task(own), *size)
+    assert "smoke" not in ended.out + ended.err
+    rows = json.loads((tmp_path / "out/table.json").read_text())
+    assert {(row["task"], row["method"]) for row in rows} == {("own", "patient"), ("own", "greedy")}
+    shown = [line.split()[:3] for line in ended.out.splitlines() if line.startswith("own ")]
+    assert shown == [["own", row["method"], row["at"]] for row in rows]
+    clamped = any(row["clamped"] for row in rows)
+    assert ("the nearest setting stands in" in ended.out) == clamped
+    assert json.loads((tmp_path / "out/run.json").read_text())["quick"] is False
+
+
+def test_verbose_shows_what_the_libraries_say(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
+    ended = good("bench", "table", "-o", tmp_path, "--method", "greedy", "--verbose", *own_task(own), *size)
+    assert "train_loss" in ended.out
+
+
+def test_unknown_names_list_the_known(cli: Cli, size: tuple[object, ...], tmp_path: Path) -> None:
+    line = refused(cli, "table", "-o", tmp_path / "out", "--method", "magic", *size)
+    assert "no method is named magic; there is llmdoctor, " in line
+    line = refused(cli, "frontier", "-o", tmp_path / "out", "--task", "mood", "--task", "sentiment", *size)
+    assert "no controlled task is named mood; there is sentiment, readability" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (("--judge", "vader"), "--pairs-from, --faces"),
+        (("--pairs-from", "p.jsonl", "--faces", "positive"), "--judge"),
+        (("--faces", "positive"), "--pairs-from, --judge"),
+    ],
+)
+def test_a_half_given_task(
+    cli: Cli, size: tuple[object, ...], tmp_path: Path, given: tuple[str, ...], missing: str
+) -> None:
+    line = refused(cli, "table", "-o", tmp_path / "out", *given, *size)
+    assert f"a task of your own needs --pairs-from, --faces, --judge; missing: {missing}" in line
+
+
+def test_controlled_tasks_beside_a_task_of_ones_own(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path
+) -> None:
+    line = refused(cli, "table", "-o", tmp_path / "out", "--task", "sentiment", *own_task(own), *size)
+    assert "--task names a controlled task, --pairs-from one of your own; give one of them" in line
+
+
+@pytest.mark.parametrize(("content", "message"), [("\n", "is empty"), (None, "no such file")])
+def test_bad_prompts(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_text(content)
+    line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own), *size, "--prompts", path)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--pairs-from", "none.jsonl", "--faces", "positive", "--judge", "vader"), "none.jsonl: no such file"),
+        (("--patient", "./no-model"), "no-model"),
+        (("--seeds", "0"), "seeds must be at least 1, got 0"),
+        (("--prompt-count", "1"), "prompt_count must be at least 2, got 1"),
+    ],
+)
+def test_bad_values(cli: Cli, size: tuple[object, ...], tmp_path: Path, more: tuple[str, ...], message: str) -> None:
+    assert message in refused(cli, "table", "-o", tmp_path / "out", "--method", "greedy", *size, *more)
+
+
+def test_unknown_faces(cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
+    task = ("--pairs-from", own / "a.jsonl", "--faces", "happy", "--judge", "vader")
+    assert "no faces for the dimension 'happy'" in refused(cli, "table", "-o", tmp_path / "out", *task, *size)
+    human = ("--train", own / "a.jsonl", "--validation", own / "b.jsonl", "--faces", "happy")
+    assert "no faces for the dimension 'happy'" in refused(cli, "human", "-o", tmp_path / "out", *human, *size)
+
+
+def test_a_reward_model_with_two_heads(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    two = tmp_path / "two-heads"
+    AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=2).save_pretrained(two)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(two)
+    line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own, f"reward:{two}"), *size)
+    assert "is a reward model with 2 heads; expected one output" in line
+    assert not (tmp_path / "out/raw").exists()
+
+
+def test_a_judge_that_is_down_leaves_the_answers(
+    cli: Cli, good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens; everything is decoded and kept. With the judge up, the same command only judges."""
+    monkeypatch.setattr(
+        "llmdoctor.evaluation.chat_endpoint.ChatEndpoint", lambda model, url: ChatEndpoint(model, url, retries=0)
+    )
+    output = tmp_path / "out"
+    judging = Judging(answer=lambda _: Say(json.dumps({"verdict": "tie"})))
+    with serving(judging) as server:
+        port = server.url
+    command: tuple[Any, ...] = ("table", "-o", output, "--method", "greedy", *own_task(own, f"chat:wise@{port}"), *size)
+    line = refused(cli, *command)
+    assert "no connection" in line
+    assert f"kept in {output / 'judge.sqlite'}: run again to go on" in line
+    before = cell_files(output)
+    assert before
+    assert not (output / "table.json").exists()
+    with serving(Judging(answer=lambda _: Say("no such key", status=401))) as server:
+        other = [f"chat:wise@{server.url}" if str(word).startswith("chat:") else word for word in command]
+        assert "status 401: no such key; check the key in the environment variable OPENAI_API_KEY" in refused(
+            cli, *other
+        )
+    with serving(judging) as server:
+        other = [f"chat:wise@{server.url}" if str(word).startswith("chat:") else word for word in command]
+        ended = good("bench", *other)
+    assert "answers in" not in ended.err
+    assert cell_files(output) == before
+    rows = json.loads((output / "table.json").read_text())
+    assert all(row["tie"] == row["prompts"] for row in rows)
+
+
+def test_other_options_and_broken_files_are_refused(
+    cli: Cli, good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path
+) -> None:
+    command = ("table", "-o", tmp_path, "--method", "greedy", *own_task(own), *size)
+    good("bench", *command)
+    line = refused(cli, *command, "--max-new-tokens", 3)
+    assert "was made from other inputs (length: stored 4, now 3). Give another output folder, or delete it." in line
+    path = tmp_path / "raw/any/greedy/only-seed0.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    line = refused(cli, *command)
+    assert f"{path} is broken" in line
+    assert "delete it and run again" in line
+    path.unlink()
+    assert "seed 0: greedy: 6 answers in" in good("bench", *command).err
+
+
+def test_without_trl(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    line = refused(cli, "table", "-o", tmp_path / "out", "--method", "dpo", *own_task(own), *size)
+    assert "DPO is trained by TRL, which is not installed: pip install 'llmdoctor[bench]'" in line
+    assert cell_files(tmp_path / "out")
+
+
+def test_an_interrupted_run_says_what_is_kept(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmdoctor.bench.table.best_point", interrupt)
+    ended = cli("bench", "table", "-o", tmp_path, "--method", "greedy", *own_task(own), *size)
+    assert ended.status == 130
+    assert f"Finished answers and models are kept in {tmp_path}; the same command goes on" in ended.err
