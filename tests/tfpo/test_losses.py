@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.tfpo.losses import squared_error_loss, subtb_loss, value_discrimination_loss
+from llmdoctor.tfpo.losses import leaf_discrimination_loss, squared_error_loss, subtb_loss, value_discrimination_loss
 
 
 def loss_of(*potential: float, subtb_lambda: float = 1.0) -> float:
@@ -63,6 +63,22 @@ def test_value_discrimination_pushes_the_two_apart_equally() -> None:
     assert other.grad is not None
     assert preferred.grad.tolist() == [-1.0, 0.0]
     assert other.grad.tolist() == [1.0, 0.0]
+
+
+def test_leaf_discrimination_by_hand() -> None:
+    """β (c⁺ − c⁻) = ½ · 4 = 2 and ½ · (−4) = −2: log(1 + e⁻²) = 0.126928 and log(1 + e²) = 2.126928."""
+    loss = leaf_discrimination_loss(torch.tensor([3.0, -1.0]), torch.tensor([-1.0, 3.0]), 0.5)
+    torch.testing.assert_close(loss, torch.tensor([0.126928, 2.126928]), rtol=0, atol=1e-6)
+
+
+def test_leaf_discrimination_pulls_the_leaves_apart_until_a_pair_is_done() -> None:
+    """The gradient is ∓β σ(−β gap): ½ β at no gap, next to nothing at a gap of 100 nats, where it stays finite."""
+    chosen, rejected = torch.tensor([0.0, 100.0], requires_grad=True), torch.zeros(2, requires_grad=True)
+    leaf_discrimination_loss(chosen, rejected, 0.5).sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    torch.testing.assert_close(chosen.grad, torch.tensor([-0.25, 0.0]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(rejected.grad, -chosen.grad)
 
 
 def squared_error(logps: Tensor, mask: list[list[int]]) -> Tensor:

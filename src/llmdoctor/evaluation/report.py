@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation import charts
-from llmdoctor.evaluation.formatting import count, duration, percent, plain, signed
+from llmdoctor.evaluation.formatting import count, duration, percent, signed
 from llmdoctor.evaluation.heatmap import guided_tokens, named, reward_tokens, visible
 from llmdoctor.evaluation.inspection import SIDES, THETAS, Inspection, Row, TokenType, inspect_rewards
 from llmdoctor.evaluation.metrics import Interval, WinTieLoss
-from llmdoctor.files import write_text
+from llmdoctor.evaluation.pages import PAPER, flat, write_page
 
-_PAPER = "LLMdoctor, arXiv 2601.10416"
 _ROWS_SHOWN_FIRST = 24
 
 
@@ -73,23 +70,6 @@ class DemoRow(TypedDict):
     guided_shift: NotRequired[Sequence[float]]
 
 
-@cache
-def _environment() -> Environment:
-    # Every text comes from data or a model: autoescape is on for all templates, whatever their suffix.
-    environment = Environment(
-        loader=PackageLoader("llmdoctor.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(plain=plain, signed=signed, percent=percent, count=count, duration=duration, named=named)
-    return environment
-
-
-def _write_page(template: str, output: Path, **context: Any) -> Path:
-    html = _environment().get_template(template).render(**context)
-    # A lone surrogate (possible in JSON) cannot be written as UTF-8.
-    write_text(output, html.encode("utf-8", errors="replace").decode("utf-8"))
-    return output
-
-
 def _messages(prompt: str) -> list[dict[str, str]]:
     messages = json.loads(prompt)
     return [
@@ -108,22 +88,6 @@ def _example(row: Row) -> dict[str, Any]:
         for side in SIDES
     ]
     return {"prompt": _messages(row["prompt"]), "sides": sides}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, text)."""
-    entries: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(inner, Mapping):
-            entries += _flat(inner, f"{prefix}{key} · ")
-        elif isinstance(inner, bool):
-            entries.append((name, "yes" if inner else "no"))
-        elif isinstance(inner, float):
-            entries.append((name, f"{inner:.6g}".replace("-", "−")))
-        elif inner is not None:
-            entries.append((name, ", ".join(map(str, inner)) if isinstance(inner, (list, tuple)) else str(inner)))
-    return entries
 
 
 def _mean_off_diagonal(agreement: Agreement) -> float:
@@ -158,11 +122,11 @@ def render_inspection(
     """
     stats = inspect_rewards(rows, examples=examples)
     curves = {"all": stats.overall.kept_at, "chosen": stats.chosen.kept_at, "rejected": stats.rejected.kept_at}
-    _write_page(
+    write_page(
         "inspection.html.j2",
         output,
         title="Token rewards · llmdoctor",
-        footer=f"Made by llmdoctor inspect. Method: {_PAPER}.",
+        footer=f"Made by llmdoctor inspect. Method: {PAPER}.",
         stats=stats,
         overall=stats.overall,
         kept_chart=charts.kept_curve(THETAS.tolist(), curves, theta),
@@ -171,7 +135,7 @@ def render_inspection(
         faces=agreement["faces"] if agreement else [],
         spearman=agreement["spearman"] if agreement else [],
         mean_agreement=_mean_off_diagonal(agreement) if agreement else None,
-        manifest=_flat(manifest),
+        manifest=flat(manifest),
     )
     return stats
 
@@ -266,11 +230,11 @@ def render_demo_report(
     outcome = WinTieLoss.from_scores(scores[1], scores[0], tie_margin)
     total = sum(summary["seconds"].values())
     shown = {key: value for key, value in summary.items() if key in ("alpha", "beta", "seed", "scorer")}
-    _write_page(
+    write_page(
         "demo.html.j2",
         output,
         title="Patient and guided · llmdoctor demo",
-        footer=f"Made by llmdoctor demo. Method: {_PAPER}.",
+        footer=f"Made by llmdoctor demo. Method: {PAPER}.",
         story=_story(patient_name, len(rows), total),
         patient=patient,
         guided=guided,
@@ -289,6 +253,6 @@ def render_demo_report(
         first=_ROWS_SHOWN_FIRST,
         marks=any("guided_shift" in row for row in rows),
         examples=[_example(row) for row in pairs],
-        settings=_flat({**shown, **(settings or {}), **summary["versions"]}),
+        settings=flat({**shown, **(settings or {}), **summary["versions"]}),
     )
     return output
