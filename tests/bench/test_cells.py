@@ -188,7 +188,7 @@ def flipped(content: bytes) -> bytes:
 
 def rewritten(change: Any) -> Any:
     def write(content: bytes) -> bytes:
-        lines = [json.loads(line) for line in gzip.decompress(content).decode().splitlines()]
+        lines = [json.loads(line) for line in gzip.decompress(content).split(b"\n")[:-1]]
         change(lines)
         return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
 

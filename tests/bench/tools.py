@@ -99,4 +99,4 @@ def cell_files(output: Path) -> dict[str, tuple[int, bytes]]:
 
 def answers_of(content: bytes) -> list[dict[str, Any]]:
     """The answers of a cell's file."""
-    return [json.loads(line) for line in gzip.decompress(content).decode().splitlines()[1:]]
+    return [json.loads(line) for line in gzip.decompress(content).split(b"\n")[1:-1]]

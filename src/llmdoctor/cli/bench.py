@@ -274,7 +274,7 @@ def report(run: Run, *, output: _Output = Path("runs/bench")) -> None:
 
     Example: llmdoctor bench report -o runs/bench
     """
-    from llmdoctor.evaluation.bench_report import render_bench_report
+    from llmdoctor.bench.report.page import render_bench_report
 
     run.say(f"the report is {render_bench_report(output)}")
 

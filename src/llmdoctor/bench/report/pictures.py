@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from llmdoctor.bench.report.charts import Band, Bar, dynamics, intervals
+from llmdoctor.bench.report.findings import is_own
+from llmdoctor.bench.report.looks import look
+from llmdoctor.bench.report.picture import Picture
+from llmdoctor.bench.report.planes import ablation_pictures, frontier_pictures, pareto_pictures
+from llmdoctor.bench.report.results import BenchResults
 from llmdoctor.bench.table import Row
-from llmdoctor.evaluation.bench_charts import Band, Bar, dynamics, intervals
-from llmdoctor.evaluation.bench_findings import is_own
-from llmdoctor.evaluation.bench_looks import look
-from llmdoctor.evaluation.bench_picture import Picture
-from llmdoctor.evaluation.bench_planes import ablation_pictures, frontier_pictures, pareto_pictures
-from llmdoctor.evaluation.bench_results import BenchResults
 from llmdoctor.evaluation.formatting import plain
 from llmdoctor.evaluation.metrics import Interval
 

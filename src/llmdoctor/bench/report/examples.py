@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT
+from llmdoctor.bench.report.looks import Look, look, setting_text
+from llmdoctor.bench.report.results import BenchResults
 from llmdoctor.data.formats import Message
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.bench_looks import Look, look, setting_text
-from llmdoctor.evaluation.bench_results import BenchResults
 from llmdoctor.evaluation.heatmap import HeatToken, guided_tokens, visible
 from llmdoctor.files import digest
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from llmdoctor.evaluation.bench_charts import Series, Spot, frontier
-from llmdoctor.evaluation.bench_looks import look, setting_text
-from llmdoctor.evaluation.bench_picture import Picture, groups, left_out
-from llmdoctor.evaluation.bench_results import BenchResults, finite
+from llmdoctor.bench.report.charts import Series, Spot, frontier
+from llmdoctor.bench.report.looks import look, setting_text
+from llmdoctor.bench.report.picture import Picture, groups, left_out
+from llmdoctor.bench.report.results import BenchResults, finite
 from llmdoctor.evaluation.formatting import plain
 
 _DRAWN: tuple[Literal["score", "score_low", "score_high", "kl", "kl_low", "kl_high", "distinct_4"], ...] = (

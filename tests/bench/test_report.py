@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 from llmdoctor.bench.methods import CONTENDERS
+from llmdoctor.bench.report.looks import look
+from llmdoctor.bench.report.page import render_bench_report, write_plots
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.bench_looks import look
-from llmdoctor.evaluation.bench_report import render_bench_report, write_plots
 from llmdoctor.evaluation.plot import Plot, ticks
 from llmdoctor.files import digest
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llmdoctor.evaluation.bench_looks import Look
+from llmdoctor.bench.report.looks import Look
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from llmdoctor.bench.points import Figures
+from llmdoctor.bench.report.charts import sheet
+from llmdoctor.bench.report.examples import read_examples
+from llmdoctor.bench.report.findings import findings, headline, is_own, verdict
+from llmdoctor.bench.report.looks import SERIES_CSS, colours_css, look, setting_text
+from llmdoctor.bench.report.pictures import hardest_first, of_section, pictures
+from llmdoctor.bench.report.results import BenchResults, read_results
 from llmdoctor.bench.table import LEAST_DISTINCT, MOST_PERPLEXITY, Row
-from llmdoctor.evaluation.bench_charts import sheet
-from llmdoctor.evaluation.bench_examples import read_examples
-from llmdoctor.evaluation.bench_findings import findings, headline, is_own, verdict
-from llmdoctor.evaluation.bench_looks import SERIES_CSS, colours_css, look, setting_text
-from llmdoctor.evaluation.bench_pictures import hardest_first, of_section, pictures
-from llmdoctor.evaluation.bench_results import BenchResults, read_results
 from llmdoctor.evaluation.formatting import plain
 from llmdoctor.evaluation.pages import PAPER, flat, write_page
 from llmdoctor.files import write_text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from llmdoctor.evaluation.bench_looks import SERIES_CSS, Look, colours_css
+from llmdoctor.bench.report.looks import SERIES_CSS, Look, colours_css
 from llmdoctor.evaluation.formatting import percent
 from llmdoctor.evaluation.metrics import Interval
 from llmdoctor.evaluation.plot import LETTER, Plot, ticks

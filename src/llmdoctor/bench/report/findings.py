@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmdoctor.bench.methods import DOCTOR
+from llmdoctor.bench.report.looks import look
 from llmdoctor.bench.table import Row
-from llmdoctor.evaluation.bench_looks import look
 
 Verdict = Literal["wins", "open", "loses"]
 

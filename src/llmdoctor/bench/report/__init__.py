@@ -1,0 +1,1 @@
+"""The results of a comparison as one HTML page, and as pictures for the docs."""
