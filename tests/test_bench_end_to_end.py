@@ -55,11 +55,12 @@ def test_answers_are_text_of_the_length_asked_for(arena: Arena, name: str) -> No
             assert answer.finish in ("stop", "length")
             assert answer.tokens == TOKENS or answer.finish == "stop"
             assert answer.text.strip()
-            assert sum(map(str.isalpha, answer.text)) > 0.5 * len(answer.text.replace(" ", ""))
             assert math.isfinite(answer.kl)
             assert math.isfinite(answer.patient_logp)
             assert answer.patient_logp < 0
             assert answer.patient_forwards > 0
+        letters = [letter for (answer,) in made.answers.values() for letter in answer.text if not letter.isspace()]
+        assert sum(map(str.isalpha, letters)) > 0.5 * len(letters)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
@@ -85,7 +86,7 @@ def test_greedy_is_the_likeliest_and_the_patient_is_not(arena: Arena) -> None:
 
 
 def test_guides_move_the_patient(arena: Arena) -> None:
-    """Half an epoch of training is little, yet at its largest β every guide has changed some answer."""
+    """One epoch of 16 pairs is little, yet at its largest β every guide has changed some answer."""
     own = point(arena, PATIENT).answers
     for name in (DOCTOR, "llmdoctor_product", "genarm", "faces", "dpo"):
         texts = {prompt: row[0].text for prompt, row in point(arena, name).answers.items()}

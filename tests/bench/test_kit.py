@@ -14,8 +14,10 @@ from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS, Kit
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
+from llmdoctor.rewards.acquire import RewardOptions
 from llmdoctor.tfpo.train import train_doctor
 
+SCORED = ("rewards", "pos_logps", "neg_logps")
 TRAINED = ("tfpo", "dpo", "genarm", "reward_model")
 
 
@@ -101,13 +103,14 @@ def test_an_ablation_is_trained_without_its_part_and_found_again(
 
 
 def test_no_sparsity_keeps_every_token(tiny_folder: Path, bench_sources: Path, models: Path) -> None:
+    """But those that the signed variant takes away: a chosen token that the negative face likes better."""
     kit, _ = kit_of(tiny_folder, bench_sources, models)
-    kept = {theta: kit.rewards(**options) for theta, options in ((0.5, {}), (0.0, {"theta": 0.0}))}
-    zeros = {
-        theta: sum(reward == 0 for row in store.dataset() for reward in row["chosen_rewards"])
-        for theta, store in kept.items()
-    }
-    assert zeros[0.0] == 0 < zeros[0.5]
+    kept = {theta: kit.rewards(**options).dataset() for theta, options in ((0.5, {}), (0.0, {"theta": 0.0}))}
+    zeros = {theta: sum(r == 0 for row in rows for r in row["chosen_rewards"]) for theta, rows in kept.items()}
+    assert zeros[0.0] < zeros[0.5]
+    for row in kept[0.0]:
+        for reward, pos, neg in zip(*(row[f"chosen_{name}"] for name in SCORED), strict=True):
+            assert (reward != 0) == (pos > neg or not RewardOptions().signed)
 
 
 def test_doctors_of_two_seeds_differ(compared: Arena) -> None:

@@ -73,11 +73,11 @@ def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], ow
     output = tmp_path / "out"
     human = ("--train", own / "a.jsonl", "--validation", own / "b.jsonl")
     commands: dict[str, tuple[object, ...]] = {
-        "table": ("--task", "sentiment"),
-        "frontier": ("--task", "sentiment"),
+        "table": ("--task", "sentiment", "--method", "best_of_n"),
+        "frontier": ("--task", "sentiment", "--method", "best_of_n"),
         "pareto": (),
-        "ablation": ("--task", "readability"),
-        "dynamics": (),
+        "ablation": ("--task", "sentiment"),
+        "dynamics": ("--task", "sentiment"),
         "human": human,
     }
     for name, more in commands.items():
@@ -93,7 +93,7 @@ def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], ow
         for word in PRINTED_BY_LIBRARIES:
             assert word not in ended.out + ended.err, (name, word)
         assert "{'" not in ended.out + ended.err
-    again = good("bench", "table", "--quick", "-o", output, "--task", "sentiment", *size)
+    again = good("bench", "table", "--quick", "-o", output, *commands["table"], *size)
     assert "answers in" not in again.err
     assert "training" not in again.err
 

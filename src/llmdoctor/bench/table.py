@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
@@ -123,12 +123,12 @@ class Chosen:
         seeds = range(len(next(iter(self.texts.values()))))
         return sum(distinct_n([row[seed] for row in self.texts.values()], 4) for seed in seeds) / len(seeds)
 
-    def only(self, prompts: Iterable[str]) -> Chosen:
+    def only(self, prompts: Collection[str]) -> Chosen:
         """The same for some of the prompts."""
         part = copy.copy(self)
-        part.texts, part.scores, part.kls = (
-            {prompt: values[prompt] for prompt in prompts} for values in (self.texts, self.scores, self.kls)
-        )
+        part.texts = {prompt: self.texts[prompt] for prompt in prompts}
+        part.scores = {prompt: self.scores[prompt] for prompt in prompts}
+        part.kls = {prompt: self.kls[prompt] for prompt in prompts}
         return part
 
     @property
