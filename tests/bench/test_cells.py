@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -255,6 +256,23 @@ def test_best_of_n_is_best_of_n_by_itself(compared: Arena, n: int) -> None:
         assert [(answer.patient_forwards, answer.guide_forwards) for answer in cell.answers] == [
             (one.patient_forwards, one.guide_forwards) for one in done
         ]
+
+
+def test_a_trained_reward_model_that_gives_no_numbers_chooses_nothing(
+    compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first answer would win every time, as NaN is smaller than nothing. No cell is left behind."""
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, seeds=1)
+    critic = compared.kits["a"].reward_model(0)
+    monkeypatch.setattr(critic, "score", lambda prompts, texts, complete: [math.nan] * len(texts))
+    monkeypatch.setattr(arena.kits["a"], "reward_model", lambda seed: critic)
+    with pytest.raises(UserError, match="a: the reward model of seed 0 gave the reward nan to 12 of 12 answers"):
+        arena.cells.get(arena.tasks[0], CONTENDERS[BEST_OF_N], {"n": 2.0}, 0)
+    assert not (tmp_path / "raw/a").exists()
+
+
+def test_only_best_of_n_decodes_nothing_of_its_own() -> None:
+    assert [name for name, contender in CONTENDERS.items() if contender.build is None] == [BEST_OF_N]
 
 
 JOB = """

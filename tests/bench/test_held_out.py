@@ -52,6 +52,10 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
 def test_dynamics_of_every_guide(made: tuple[Arena, Told]) -> None:
     """12 pairs, all trained on: the held-out tail, one pair in ten, is what is read."""
     rows = make_dynamics(made[0])
+    records = json.loads((made[0].output / "run.json").read_text())
+    assert {"table.json", "elo.json", "frontier.json", "dynamics.json"} <= set(records), "those of before are kept"
+    assert records["table.json"]["seeds"] == [0, 1]
+    assert records["dynamics.json"]["seeds"] == [0]
     assert rows == json.loads((made[0].output / "dynamics.json").read_text())
     assert [(row["task"], row["method"]) for row in rows] == [("a", method) for method in GUIDES]
     assert all(set(row) == set(get_type_hints(DynamicsRow)) for row in rows)
@@ -88,6 +92,14 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
         assert row["low"] <= row["accuracy"] <= row["high"]
         assert row["difference"] == pytest.approx(rows[0]["accuracy"] - row["accuracy"])
     assert (rows[0]["difference"], rows[0]["difference_low"], rows[0]["difference_high"]) == (0, 0, 0)
+    record = json.loads((arena.output / "run.json").read_text())["human.json"]
+    assert record["train"]["source"] == sources[0]
+    assert (record["validation"]["source"], record["validation"]["pairs"]) == (sources[1], 8)
+    assert record["validation"]["hash"] != record["train"]["hash"]
+    assert [(task["name"], task["pairs"], task["faces"]) for task in record["tasks"]] == [
+        ("human", sources[0], "harmless")
+    ]
+    assert not {"prompts", "prompts_hash"} & set(record), "nobody answers a prompt"
     other: dict[str, Any] = {"train": str(bench_sources / "a.jsonl"), "validation": sources[1]}
     with pytest.raises(FingerprintMismatch):
         make_human(arena, **other, faces="harmless", validation_count=8)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.bench.tools import PROMPTS, SEEDS, arena_of, tasks_of
 from tests.chat_server import Judging, Say, serving
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.judging import TaskJudge
-from llmdoctor.bench.methods import CONTENDERS, PATIENT
+from llmdoctor.bench.asking import Asking
+from llmdoctor.bench.judging import JudgeOptions, TaskJudge, finite_rewards
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT
 from llmdoctor.bench.table import best_point, make_frontier, make_table
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
+from llmdoctor.evaluation.ranking import bradley_terry
 
 HI = [[{"role": "user", "content": "Hi"}]]
 
@@ -31,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that is asked once only: the default waits a minute in all."""
     monkeypatch.setattr(
         "llmdoctor.evaluation.chat_endpoint.ChatEndpoint",
-        lambda model, url: ChatEndpoint(model, url, retries=0, concurrency=1),
+        lambda model, url, **pace: ChatEndpoint(model, url, **{**pace, "retries": 0, "concurrency": 1}),
     )
 
 
@@ -50,6 +55,26 @@ def test_a_reward_model_scores_and_compares(compared: Arena) -> None:
     own = compared.kits["a"].reward_model(0).score(HI * 2, texts)
     assert judge.scores(HI * 2, texts, ["", ""]) == pytest.approx(own, abs=1e-4)
     assert judge.outcomes(HI, texts[:1], texts[1:]) == [1.0 if own[0] > own[1] else 0.0]
+
+
+def test_a_reward_model_with_a_broken_score_is_told_in_one_line(compared: Arena, tmp_path: Path) -> None:
+    """Before anything is decoded: one answer is scored when the judge is made."""
+    folder = tmp_path / "broken"
+    shutil.copytree(compared.output / "models/a/seed0/reward_model", folder)
+    path = folder / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    weights["base_model.model.score.weight"] *= float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="gave the reward nan to 1 of 1 answers; expected finite numbers") as caught:
+        TaskJudge(f"reward:{folder}", tmp_path)
+    assert str(caught.value).startswith(f"reward:{folder} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_rewards_must_be_finite() -> None:
+    assert finite_rewards("reward:x", [1.0, -2.0]) == [1.0, -2.0]
+    with pytest.raises(UserError, match="reward:x gave the reward inf to 2 of 3 answers"):
+        finite_rewards("reward:x", [1.0, float("inf"), float("nan")])
 
 
 def test_a_reward_model_judges_a_comparison(
@@ -95,6 +120,118 @@ def test_a_chat_judge_scores_by_outcomes_against_the_patient(
         make_frontier(again, ["greedy"])
         assert len(server.bodies) == asked
     assert (tmp_path / "out" / "judge.sqlite").is_file()
+
+
+def test_the_questions_are_told_before_they_are_asked(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    """First those of all scores, then those of the rows; Elo needs no more. A rerun tells that nothing is open.
+
+    Two methods beside LLMdoctor with two rows each, both orders, 6 prompts, 2 seeds: 2 · 2 · 2 · 12 = 96 later at most.
+    """
+    told: list[tuple[Asking, int]] = []
+    with serving(Judging()) as server:
+        tasks = tasks_of(bench_sources, f"chat:wise@{server.url}")[:1]
+        arena, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks)
+        arena.consent = lambda asking: told.append((asking, len(server.bodies)))
+        make_table(arena, ["greedy", "top_k"])
+        (scores, before), (rows, between) = told
+        assert (before, between) == (0, scores.estimate.uncached)
+        assert len(server.bodies) == scores.estimate.uncached + rows.estimate.uncached
+        assert (scores.judge, scores.later, rows.later) == (tasks[0].judge, 96, 0)
+        assert rows.estimate.uncached <= scores.later
+        assert scores.estimate.price is None
+        report = arena.judge(arena.tasks[0]).report()
+        assert report is not None
+        assert report.asked == len(server.bodies)
+        again, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks)
+        again.consent = arena.consent
+        make_table(again, ["greedy", "top_k"])
+        make_frontier(again, ["greedy"])
+        assert [asking.estimate.uncached for asking, _ in told[2:]] == [0, 0, 0]
+        assert [asking.later for asking, _ in told[2:]] == [96, 0, 0]
+
+
+def test_without_consent_nothing_is_asked_and_the_answers_are_kept(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    def no(asking: Asking) -> None:
+        raise UserError("too dear")
+
+    with serving(Judging()) as server:
+        tasks = tasks_of(bench_sources, f"chat:wise@{server.url}")[:1]
+        for make in (make_table, make_frontier):
+            arena, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks, seeds=1)
+            arena.consent = no
+            with pytest.raises(UserError, match="too dear"):
+                make(arena, ["greedy"])
+        assert server.bodies == []
+    assert (tmp_path / "out/raw/any/greedy/only-seed0.jsonl.gz").is_file()
+
+
+def test_elo_of_a_chat_judge_rests_on_matches_with_llmdoctor_and_the_patient(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 methods 5 of the 6 pairs: greedy and top-k do not meet. All are rated."""
+    seen: list[set[frozenset[str]]] = []
+
+    def spy(outcomes: Any, anchor: str) -> Any:
+        seen.append({frozenset(pair) for pair in outcomes})
+        return bradley_terry(outcomes, anchor)
+
+    monkeypatch.setattr("llmdoctor.bench.table.bradley_terry", spy)
+    with serving(Judging()) as server:
+        tasks = tasks_of(bench_sources, f"chat:wise@{server.url}")[:1]
+        arena, _ = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks, seeds=1)
+        make_table(arena, ["greedy", "top_k"])
+    others = {frozenset((centre, name)) for centre in (DOCTOR, PATIENT) for name in ("greedy", "top_k")}
+    assert seen == [others | {frozenset((DOCTOR, PATIENT))}]
+    rated = json.loads((tmp_path / "out/elo.json").read_text())
+    assert {row["method"] for row in rated} == {DOCTOR, PATIENT, "greedy", "top_k"}
+    record = json.loads((tmp_path / "out/run.json").read_text())["elo.json"]
+    assert record["judge_fingerprints"] == {"a": arena.judge(arena.tasks[0]).fingerprint}
+
+
+def test_how_a_chat_judge_is_asked(tmp_path: Path) -> None:
+    """Its own question, 40 requests a second, two at once; 2 questions of at most 512 tokens at $2 a million."""
+    (tmp_path / "own.txt").write_text(
+        "{prompt} <answer_A>\n{first}\n</answer_A> <answer_B>\n{second}\n</answer_B> Who?"
+    )
+    options = JudgeOptions(1.0, 2.0, str(tmp_path / "own.txt"), 2400, 2)
+    with serving(Judging()) as server:
+        judge = TaskJudge(f"chat:wise@{server.url}", tmp_path, options)
+        estimate = judge.estimate(HI * 2, ["a", "one"], ["a", "three"])
+        assert estimate is not None
+        assert (estimate.requests, estimate.uncached, estimate.output_tokens) == (2, 2, 2 * 512)
+        assert estimate.price == pytest.approx((estimate.input_tokens * 1 + 2 * 512 * 2) / 1e6)
+        assert judge.outcomes(HI * 2, ["a", "one"], ["a", "three"]) == [0.5, 0.0]
+        assert all(question.endswith("Who?") for question in server.questions)
+        assert server.most_at_once <= 2
+        assert server.times[1] - server.times[0] >= 0.02
+        report = judge.report()
+        assert report is not None
+        # The server counts 100 tokens read and 10 written a reply.
+        assert report.cost == pytest.approx((200 * 1 + 20 * 2) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"judge_price_in": 1.0}, "needs both judge_price_in and judge_price_out"),
+        ({"judge_price_in": -1.0, "judge_price_out": 1.0}, "must be a finite number of at least 0, got -1.0"),
+        ({"judge_rpm": 0.0}, "judge_rpm must be greater than 0, got 0.0"),
+        ({"judge_concurrency": 0}, "judge_concurrency must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_of_a_chat_judge_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        JudgeOptions(**options)
+
+
+def test_options_of_a_chat_judge_for_another_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="judge_rpm, judge_concurrency: only for a chat judge, the judge is 'vader'"):
+        TaskJudge("vader", tmp_path, JudgeOptions(judge_rpm=5.0, judge_concurrency=2))
+    assert TaskJudge("vader", tmp_path).estimate(HI, ["a"], ["b"]) is None
+    assert TaskJudge("vader", tmp_path).report() is None
 
 
 @pytest.mark.usefixtures("impatient")

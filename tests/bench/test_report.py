@@ -273,7 +273,7 @@ def human_rows():
 def run_record(quick=False):
     prompts = load_prompts("builtin:prompts/test", limit=320)
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "quick": quick,
         "note": "",
         "commit": "7aa7b2e0c5d1",
@@ -284,6 +284,17 @@ def run_record(quick=False):
         "versions": {"torch": "2.13.0"},
         "machine": {"system": "Linux", "cpu_count": 2, "gpu": None},
     }
+
+
+JUDGED = ("table", "frontier", "elo", "pareto", "ablation")
+
+
+def run_records(quick=False):
+    """As subcommands of one commit leave them; what guides read is from elsewhere than the prompts."""
+    record = run_record(quick)
+    guides = {**record, "options": {"patient": "builtin:smollm2"}, "prompts_hash": None}
+    human = {**guides, "tasks": [{"name": "human", "faces": "harmless"}], "validation": {"source": "held-out.jsonl"}}
+    return {**{f"{name}.json": record for name in JUDGED}, "dynamics.json": guides, "human.json": human}
 
 
 TEXTS = {
@@ -318,7 +329,7 @@ def write_sample(folder, quick=False):
     """All result files of a made-up comparison, as a bench leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in {
-        "run": run_record(quick),
+        "run": run_records(quick),
         "table": table_rows(),
         "frontier": frontier_rows(),
         "elo": elo_rows(),
@@ -381,6 +392,10 @@ def rewrite(folder, name, change):
     path = folder / f"{name}.json"
     value = json.loads(path.read_text())
     path.write_text(json.dumps(change(value)))
+
+
+def changed(run, name, **changes):
+    return {**run, f"{name}.json": {**run[f"{name}.json"], **changes}}
 
 
 @pytest.fixture
@@ -454,7 +469,7 @@ def test_examples_mark_guided_tokens_under_their_prompt(folder):
 
 
 def test_prompts_that_changed_are_not_put_beside_answers_to_others(folder):
-    rewrite(folder, "run", lambda run: {**run, "prompts_hash": "0" * 16})
+    rewrite(folder, "run", lambda run: changed(run, "table", prompts_hash="0" * 16))
     text = rendered(folder).text
     assert "The prompts have changed since: only their ids are shown." in text
     assert "jazz trio" not in text
@@ -466,6 +481,54 @@ def test_a_smoke_run_says_so_before_anything_else(folder):
     text = rendered(folder).text
     assert text.index("A smoke run.") < text.index("Smoke run, means nothing: At equal KL")
     assert "A smoke run." not in rendered(write_sample(folder)).text
+
+
+def test_a_file_of_a_smoke_run_beside_others_is_named(folder):
+    """The headline is the table's, which is none."""
+    rewrite(folder, "run", lambda run: changed(run, "human", quick=True))
+    text = rendered(folder).text
+    assert "In part a smoke run: human.json. It shows that everything works" in text
+    assert "none of their figures" in text
+    assert "Smoke run, means nothing" not in text
+
+
+def test_every_result_file_stands_with_what_it_was_made_from(folder):
+    """Five files of one record together; the sources of the human labels with human.json and nowhere else."""
+    text = rendered(folder).text
+    origins = text[text.index("What these results were made from") :]
+    groups = ["table.json, frontier.json, elo.json, pareto.json, ablation.json", "dynamics.json", "human.json"]
+    places = [origins.index(group) for group in groups]
+    assert places == sorted(places)
+    assert origins.index("held-out.jsonl") > places[2]
+    assert origins.count("held-out.jsonl") == 1
+    assert "2 tasks: sentiment, readability." in text, "human labels are no task of the comparison"
+
+
+def test_what_a_file_was_made_from_may_not_be_known(folder):
+    """A record that is not there, and a run.json of the first schema, which did not say whose it was."""
+    rewrite(folder, "run", lambda run: {name: record for name, record in run.items() if name != "elo.json"})
+    assert "run.json does not say what these were made from: elo.json." in rendered(folder).text
+    rewrite(folder, "run", lambda run: {**run_record(), "schema_version": 1})
+    text = rendered(folder).text
+    assert "run.json does not say what these results were made from." in text
+    assert "run.json does not say which prompts table.json is about: only their ids are shown." in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "must hold one object a result file"),
+        ("{", "is broken"),
+        (
+            '{"table.json": {"schema_version": 3}}',
+            "the record of table.json has schema version 3; this version reads 2",
+        ),
+    ],
+)
+def test_a_bad_record_of_the_run_ends_in_one_line(folder, content, message):
+    (folder / "run.json").write_text(content)
+    with pytest.raises(UserError, match=f"run\\.json.*{message}"):
+        render_bench_report(folder)
 
 
 @pytest.mark.parametrize("name", ["table", "frontier", "elo", "pareto", "ablation", "dynamics", "human", "run"])
@@ -520,7 +583,7 @@ def test_hostile_text_is_only_text(folder):
     rewrite(folder, "frontier", lambda rows: [{**rows[0], "method": HOSTILE, "setting": {HOSTILE: 1}}])
     rewrite(folder, "elo", lambda rows: [{**rows[0], "method": HOSTILE, "task": HOSTILE}])
     rewrite(folder, "ablation", lambda rows: [{**rows[0], "variant": HOSTILE}])
-    rewrite(folder, "run", lambda run: {**run, "commit": HOSTILE, "options": {}})
+    rewrite(folder, "run", lambda run: changed(run, "table", commit=HOSTILE, options={}))
     write_raw(folder, "sentiment", "llmdoctor", "beta=2", HOSTILE, [HOSTILE], 1.0)
     page = rendered(folder)
     assert page.text.count("<script>alert(1)</script>") >= 5
@@ -546,7 +609,7 @@ def test_plots_stand_alone_on_white(folder, tmp_path):
 
 
 def test_tasks_whose_names_make_one_file_name_get_two(folder, tmp_path):
-    rewrite(folder, "run", lambda run: {**run, "tasks": []})
+    rewrite(folder, "run", lambda run: {})
     for name in ("table", "frontier", "ablation", "dynamics"):
         (folder / f"{name}.json").unlink()
     rewrite(folder, "elo", lambda rows: [{**rows[0], "task": "A b"}, {**rows[0], "task": "a-b"}])

@@ -16,7 +16,7 @@ from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender, Setting
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Figures, Point
-from llmdoctor.bench.table import Chosen, Elo, Row, at_kl, best_point, make_table
+from llmdoctor.bench.table import Chosen, Elo, Row, _ratings, at_kl, best_point, make_table
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.diversity import self_bleu
 from llmdoctor.evaluation.metrics import distinct_n
@@ -275,6 +275,16 @@ def test_ratings_hold_the_patient_still(compared: Arena) -> None:
     assert own["low"] == own["elo"] == own["high"]
 
 
+def test_a_scorer_rates_by_all_pairs(compared: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of n methods n(n − 1)/2 pairs."""
+    met: dict[tuple[str, str], Any] = {}
+    monkeypatch.setattr("llmdoctor.bench.table.bradley_terry", lambda outcomes, anchor: met.update(outcomes) or {})
+    task = compared.tasks[0]
+    best = {name: best_point(compared, task, CONTENDERS[name]) for name in (DOCTOR, PATIENT, "greedy", "dpo", "top_p")}
+    _ratings(compared, task, best)
+    assert len(met) == 5 * 4 / 2
+
+
 def test_some_methods_only(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
     """LLMdoctor and the patient always take part; greedy is decoded for both tasks at once."""
     arena, told = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks_of(bench_sources), seeds=1)
@@ -291,7 +301,9 @@ def test_tasks_need_names_of_their_own(tiny_folder: Path, bench_sources: Path, t
 
 
 def test_the_record_says_what_the_results_are_made_of(compared: Arena) -> None:
-    record = json.loads((compared.output / "run.json").read_text())
+    records = json.loads((compared.output / "run.json").read_text())
+    assert set(records) == {"table.json", "elo.json", "frontier.json"}
+    record = records["table.json"]
     assert record["quick"] is False
     assert record["note"] == ""
     assert record["options"]["pairs"] == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,13 @@ def size(tiny_folder: Path, own: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+class Terminal(io.StringIO):
+    """A standard input at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def own_task(own: Path, judge: str = "vader") -> tuple[object, ...]:
     return ("--pairs-from", own / "a.jsonl", "--faces", "positive", "--judge", judge)
 
@@ -86,13 +94,19 @@ def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], ow
         assert "A smoke run: these figures mean nothing." in ended.out
         assert f"results are in {output / name}.json" in ended.out
         assert json.loads((output / f"{name}.json").read_text())
-        record = json.loads((output / "run.json").read_text())
+        record = json.loads((output / "run.json").read_text())[f"{name}.json"]
         assert record["quick"] is True
         assert "smoke run" in record["note"]
-        assert (record["options"]["pairs"], record["options"]["batch_size"]) == (12, 128)
+        assert record["options"]["pairs"] == 12
+        if name not in ("dynamics", "human"):
+            assert record["options"]["batch_size"] == 128
         for word in PRINTED_BY_LIBRARIES:
             assert word not in ended.out + ended.err, (name, word)
         assert "{'" not in ended.out + ended.err
+    recorded = json.loads((output / "run.json").read_text())
+    assert set(recorded) == {"elo.json", *(f"{name}.json" for name in commands)}
+    assert recorded["human.json"]["validation"]["source"] == str(own / "b.jsonl")
+    assert "In part" not in good("bench", "report", "-o", output).err
     again = good("bench", "table", "--quick", "-o", output, *commands["table"], *size)
     assert "answers in" not in again.err
     assert "training" not in again.err
@@ -107,7 +121,7 @@ def test_a_table_of_ones_own_task(good: Cli, size: tuple[object, ...], own: Path
     assert shown == [["own", row["method"], row["at"]] for row in rows]
     clamped = any(row["clamped"] for row in rows)
     assert ("the nearest setting stands in" in ended.out) == clamped
-    assert json.loads((tmp_path / "out/run.json").read_text())["quick"] is False
+    assert json.loads((tmp_path / "out/run.json").read_text())["table.json"]["quick"] is False
 
 
 def test_verbose_shows_what_the_libraries_say(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
@@ -192,7 +206,8 @@ def test_a_judge_that_is_down_leaves_the_answers(
 ) -> None:
     """Nothing listens; everything is decoded and kept. With the judge up, the same command only judges."""
     monkeypatch.setattr(
-        "llmdoctor.evaluation.chat_endpoint.ChatEndpoint", lambda model, url: ChatEndpoint(model, url, retries=0)
+        "llmdoctor.evaluation.chat_endpoint.ChatEndpoint",
+        lambda model, url, **pace: ChatEndpoint(model, url, retries=0, **pace),
     )
     output = tmp_path / "out"
     judging = Judging(answer=lambda _: Say(json.dumps({"verdict": "tie"})))
@@ -217,6 +232,80 @@ def test_a_judge_that_is_down_leaves_the_answers(
     assert cell_files(output) == before
     rows = json.loads((output / "table.json").read_text())
     assert all(row["tie"] == row["prompts"] for row in rows)
+
+
+def test_a_chat_judge_is_announced_and_reported(
+    cli: Cli, good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many questions for nobody to ask are refused with nothing asked; --yes goes on; a rerun asks nothing."""
+    monkeypatch.setattr("llmdoctor.cli.bench_judge.UNASKED", 10)
+    output = tmp_path / "out"
+    with serving(Judging()) as server:
+        judge = f"chat:wise@{server.url}"
+        command = ("table", "-o", output, "--method", "greedy", *own_task(own, judge), *size)
+        priced = (*command, "--judge-price-in", "1", "--judge-price-out", "2", "--judge-concurrency", 2)
+        line = refused(cli, *command)
+        assert f"{judge} would be asked up to " in line
+        assert "there is no terminal to ask you at; more than 10 need --yes" in line
+        assert server.bodies == []
+        ended = good("bench", *priced, "--yes")
+        asked = len(server.bodies)
+        first = next(line for line in ended.err.splitlines() if line.startswith(judge))
+        assert " questions to ask, 0 answered already; about " in first
+        assert ", at most $0.0" in first
+        assert "; after that at most 24 more of that kind" in first
+        (said,) = [line for line in ended.out.splitlines() if line.startswith(judge)]
+        assert f"{asked} replies asked for, " in said
+        assert "0 refused, 0 unparsed" in said
+        # The server counts 100 tokens read and 10 written a reply: 120 millionths of a dollar.
+        assert said.endswith(f"written; ${asked * 120 / 1e6:.4f}")
+        again = good("bench", *command)
+        assert "questions are answered already, nothing is asked" in again.err
+        assert f"{judge}: 0 replies asked for" in again.out
+        assert len(server.bodies) == asked
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_at_a_terminal_the_user_is_asked(
+    cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    """Once: what comes later is part of the question. No is no error, and what is decoded is kept."""
+    stdin = Terminal(answer + "\n")
+    monkeypatch.setattr("sys.stdin", stdin)
+    output = tmp_path / "out"
+    with serving(Judging()) as server:
+        judge = f"chat:wise@{server.url}"
+        ended = cli("bench", "table", "-o", output, "--method", "greedy", *own_task(own, judge), *size)
+        assert (ended.err + ended.out).count("Ask them? [y/N]") == 1
+        assert (ended.status, bool(server.bodies)) == ((0, True) if answer == "y" else (130, False))
+    if answer == "n":
+        assert f"stopped. Finished answers and models are kept in {output}" in ended.err
+    assert cell_files(output)
+
+
+def test_a_judge_against_human_labels(cli: Cli, good: Cli, own: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with serving(Judging()) as server:
+        judge = f"chat:wise@{server.url}"
+        command = ("judge", "--judge", judge, "--pairs", own / "a.jsonl", "-o", output)
+        ended = good("bench", *command, "--limit", 5)
+        found = json.loads((output / "judge.json").read_text())
+        assert found["pairs"] == 5
+        assert f"agreement with the labels of 5 pairs: {found['agreement']:.1f} % (" in ended.out
+        assert "the same in both orders: 100.0 %" in ended.out
+        assert f"ties: {found['ties']}, unanswered among them: 0" in ended.out
+        assert f"{judge}: {len(server.bodies)} replies asked for, 0 from the cache; of 5 comparisons" in ended.out
+        assert f"{judge}: {len(server.bodies)} questions to ask, 0 answered already" in ended.err
+        smoke = good("bench", *command, "--quick")
+        assert "A smoke run: these figures mean nothing." in smoke.out
+    assert json.loads((output / "run.json").read_text())["judge.json"]["quick"] is True
+    plain = good("bench", "judge", "--judge", "brevity", "--pairs", own / "a.jsonl", "-o", output)
+    assert "it reads each answer by itself" in plain.out
+    line = refused(cli, "judge", "--judge", "vader", "--pairs", own / "a.jsonl", "-o", output, "--judge-rpm", 5)
+    assert "judge_rpm: only for a chat judge, the judge is 'vader'" in line
+    assert "none.jsonl: no such file" in refused(cli, "judge", "--judge", "vader", "--pairs", "none.jsonl")
+    line = refused(cli, *command, "--judge-prompt", tmp_path / "no.txt")
+    assert "no.txt: cannot be read" in line
 
 
 def test_other_options_and_broken_files_are_refused(

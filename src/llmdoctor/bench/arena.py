@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmdoctor.bench.asking import Consent, announce
 from llmdoctor.bench.cells import Answer, Cells
-from llmdoctor.bench.judging import TaskJudge
+from llmdoctor.bench.judging import JudgeOptions, TaskJudge
 from llmdoctor.bench.kit import Kit, Steps
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender, Setting
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
 from llmdoctor.bench.points import Point
-from llmdoctor.bench.record import provenance
+from llmdoctor.bench.record import answers_record, read_records, surroundings, write_result
+from llmdoctor.data.formats import Message
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.errors import UserError
-from llmdoctor.files import write_json
 
 RAW_FOLDER = "raw"
 MODELS_FOLDER = "models"
+
+Texts = Mapping[str, Sequence[str]]
+"""Prompt id -> one text a seed."""
 
 
 class Arena:
@@ -30,18 +34,31 @@ class Arena:
         tasks: what is learned and judged; the controlled ones if none is given.
         steps: told of progress.
         quick: this is a smoke run, which its results say.
+        judge_options: how a chat judge is asked.
+        consent: told of the questions of a table or frontier before a chat judge is asked them.
 
     Raises:
-        UserError: no prompts, or two tasks of one name.
+        UserError: no prompts, two tasks of one name, or a `run.json` in `output` that cannot be read.
     """
 
     def __init__(
-        self, output: Path, options: BenchOptions, steps: Steps, tasks: Sequence[Task] = (), *, quick: bool = False
+        self,
+        output: Path,
+        options: BenchOptions,
+        steps: Steps,
+        tasks: Sequence[Task] = (),
+        *,
+        quick: bool = False,
+        judge_options: JudgeOptions | None = None,
+        consent: Consent | None = None,
     ) -> None:
+        read_records(output)
         self.output = output
         self.options = options
         self.steps = steps
         self.quick = quick
+        self.judge_options = judge_options or JudgeOptions()
+        self.consent = consent
         self.tasks = tuple(tasks) or CONTROLLED_TASKS
         if len({task.name for task in self.tasks}) != len(self.tasks):
             raise UserError(f"two tasks share a name: {', '.join(task.name for task in self.tasks)}")
@@ -59,8 +76,13 @@ class Arena:
     def judge(self, task: Task) -> TaskJudge:
         """The task's judge."""
         if task.name not in self._judges:
-            self._judges[task.name] = TaskJudge(task.judge, self.output)
+            self._judges[task.name] = TaskJudge(task.judge, self.output, self.judge_options)
         return self._judges[task.name]
+
+    @property
+    def judges(self) -> list[TaskJudge]:
+        """Those that were needed so far."""
+        return list(self._judges.values())
 
     def decode(self, contenders: Sequence[Contender], tasks: Sequence[Task] = ()) -> None:
         """Make all answers of these methods that are not there yet, one seed and task after the other.
@@ -81,15 +103,7 @@ class Arena:
         """A method's answers at one setting with their scores."""
         key = (task.name, contender.name, tuple(setting.items()))
         if key not in self._points:
-            answers: dict[str, list[Answer]] = {}
-            seconds = 0.0
-            for seed in self.seeds:
-                cell = self.cells.get(task, contender, setting, seed)
-                # Of the patient's many answers its own is the first.
-                first = cell.sample(0)
-                seconds += cell.seconds * len(first) / len(cell.answers)
-                for answer in first:
-                    answers.setdefault(answer.prompt, []).append(answer)
+            answers, seconds = self._answers(task, contender, setting)
             scores = self._scores(task, answers)
             self._points[key] = Point(task.name, contender, setting, answers, scores, seconds)
         return self._points[key]
@@ -102,40 +116,63 @@ class Arena:
         """The patient's own answers."""
         return self.point(task, CONTENDERS[PATIENT], {})
 
-    def outcomes(self, task: Task, first: dict[str, list[str]], second: dict[str, list[str]]) -> dict[str, list[float]]:
-        """The judge's outcome for every prompt and seed: 1 where the first text wins."""
-        order = [(prompt, seed) for prompt in first for seed in range(len(first[prompt]))]
-        conversations = {prompt.id: prompt.messages for prompt in self.prompts}
-        verdicts = self.judge(task).outcomes(
-            [conversations[prompt] for prompt, _ in order],
-            [first[prompt][seed] for prompt, seed in order],
-            [second[prompt][seed] for prompt, seed in order],
-        )
-        found: dict[str, list[float]] = {prompt: [] for prompt in first}
-        for (prompt, _), verdict in zip(order, verdicts, strict=True):
-            found[prompt].append(verdict)
-        return found
+    def outcomes(self, task: Task, first: Texts, second: Texts) -> dict[str, list[float]]:
+        """The judge's outcome for every prompt and seed of `first`: 1 where the first text wins."""
+        verdicts = iter(self.judge(task).outcomes(*self._comparisons([(first, second)])))
+        return {prompt: [next(verdicts) for _ in row] for prompt, row in first.items()}
 
-    def write(self, name: str, value: Any) -> Path:
-        """Write a result file, and beside it what all of them were made from."""
-        path = self.output / name
-        write_json(path, value)
-        write_json(self.output / "run.json", provenance(self.options, self.tasks, self.prompts, self.quick))
-        return path
+    def announce_scores(self, task: Task, contenders: Sequence[Contender], later: int = 0) -> None:
+        """Ask for consent to the questions that scores of these methods at all settings take, and `later` ones."""
+        if self.judge(task).only_compares:
+            own = self._patient_texts(task)
+            found = (
+                self._answers(task, contender, setting)[0] for contender in contenders for setting in contender.settings
+            )
+            matches = [({prompt: [a.text for a in row] for prompt, row in answers.items()}, own) for answers in found]
+            self.announce(task, matches, later)
+
+    def announce(self, task: Task, matches: Sequence[tuple[Texts, Texts]], later: int = 0) -> None:
+        """Ask for consent to the questions that the outcomes of these pairs of texts take, and `later` ones."""
+        announce(self.consent, self.judge(task), *self._comparisons(matches), later)
+
+    def write(self, name: str, value: Any, record: Mapping[str, Any] | None = None) -> Path:
+        """Write a result file, and into `run.json` what it was made from: `record`, or the tasks' judged answers."""
+        if record is None:
+            judges = {task: found for task, judge in self._judges.items() if (found := judge.fingerprint)}
+            record = answers_record(self.options, self.tasks, self.prompts)
+            record |= {"judge_fingerprints": judges} if judges else {}
+        return write_result(self.output, name, value, {**surroundings(self.quick), **record})
+
+    def _comparisons(
+        self, matches: Sequence[tuple[Texts, Texts]]
+    ) -> tuple[list[Sequence[Message]], list[str], list[str]]:
+        """Prompts, first and second texts, seed by seed for the prompts of each first."""
+        conversations = {prompt.id: prompt.messages for prompt in self.prompts}
+        rows = [
+            (conversations[prompt], text, second[prompt][seed])
+            for first, second in matches
+            for prompt, row in first.items()
+            for seed, text in enumerate(row)
+        ]
+        return [prompt for prompt, _, _ in rows], [text for _, text, _ in rows], [text for _, _, text in rows]
+
+    def _answers(self, task: Task, contender: Contender, setting: Setting) -> tuple[dict[str, list[Answer]], float]:
+        """By prompt, one a seed, and the seconds that decoding them took."""
+        answers: dict[str, list[Answer]] = {}
+        seconds = 0.0
+        for seed in self.seeds:
+            cell = self.cells.get(task, contender, setting, seed)
+            # Of the patient's many answers its own is the first.
+            first = cell.sample(0)
+            seconds += cell.seconds * len(first) / len(cell.answers)
+            for answer in first:
+                answers.setdefault(answer.prompt, []).append(answer)
+        return answers, seconds
 
     def _scores(self, task: Task, answers: dict[str, list[Answer]]) -> dict[str, list[float]]:
-        order = [(prompt, place) for prompt, row in answers.items() for place in range(len(row))]
-        conversations = {prompt.id: prompt.messages for prompt in self.prompts}
-        own = self._patient_texts(task)
-        values = self.judge(task).scores(
-            [conversations[prompt] for prompt, _ in order],
-            [answers[prompt][place].text for prompt, place in order],
-            [own[prompt][place] for prompt, place in order],
-        )
-        scores: dict[str, list[float]] = {prompt: [] for prompt in answers}
-        for (prompt, _), value in zip(order, values, strict=True):
-            scores[prompt].append(value)
-        return scores
+        texts = {prompt: [answer.text for answer in row] for prompt, row in answers.items()}
+        values = iter(self.judge(task).scores(*self._comparisons([(texts, self._patient_texts(task))])))
+        return {prompt: [next(values) for _ in row] for prompt, row in texts.items()}
 
     def _patient_texts(self, task: Task) -> dict[str, list[str]]:
         texts: dict[str, list[str]] = {}

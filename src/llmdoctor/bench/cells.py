@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmdoctor.bench.judging import finite_rewards
 from llmdoctor.bench.kit import Kit, Steps
-from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, PATIENT, SAMPLES, Built, Contender, Setting
+from llmdoctor.bench.methods import CONTENDERS, PATIENT, SAMPLES, Built, Contender, Setting
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
@@ -131,7 +132,7 @@ class Cells:
         }
 
     def _decode(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str) -> Cell:
-        if contender.name == BEST_OF_N:
+        if contender.build is None:
             return self._choose(task, int(setting["n"]), seed)
         built = contender.build(self.kits[task.name], seed, setting)
         prompts = self.prompts_of(contender)
@@ -155,7 +156,7 @@ class Cells:
         return Cell(answers, seconds)
 
     def _choose(self, task: Task, n: int, seed: int) -> Cell:
-        """Best-of-n of the patient's own answers, which are there already."""
+        """Best-of-n of the patient's own answers, which are decoded once for every n."""
         from llmdoctor.baselines.best_of_n import best_of_n_kl
 
         samples = self.get(task, CONTENDERS[PATIENT], {}, seed)
@@ -171,6 +172,7 @@ class Cells:
                 complete=[answer.finish == "stop" for answer in answers],
             )
         )
+        finite_rewards(f"{task.name}: the reward model of seed {seed}", rewards)
         seconds = time.perf_counter() - start + samples.seconds * n / SAMPLES
         by_prompt: dict[str, list[tuple[float, Answer]]] = {}
         for reward, answer in zip(rewards, answers, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import Kit
 from llmdoctor.bench.options import Task
+from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import signal_dynamics
@@ -84,7 +85,7 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
                 }
             )
         kit.forget()
-    arena.write("dynamics.json", rows)
+    arena.write("dynamics.json", rows, guides_record(arena.options, arena.tasks, [seed]))
     return rows
 
 
@@ -129,7 +130,8 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
                 "difference_high": difference.high,
             }
         )
-    arena.write("human.json", rows)
+    sources = {"train": pairs_record(train, kit.pairs()), "validation": pairs_record(validation, pairs)}
+    arena.write("human.json", rows, guides_record(arena.options, [task], list(arena.seeds)) | sources)
     return rows
 
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmdoctor.data.formats import Message
+from llmdoctor.data.formats import Message, PreferencePair
 from llmdoctor.errors import UserError
 
+if TYPE_CHECKING:
+    from llmdoctor.evaluation.chat_judge import ChatJudge
+    from llmdoctor.evaluation.judge_report import CostEstimate, JudgeReport
+    from llmdoctor.evaluation.judges import JudgeAgreement, Progress
+
 Messages = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a chat judge is asked. Other judges take none of these.
+
+    Attributes:
+        judge_price_in: US dollars for a million tokens that a chat judge reads; with --judge-price-out costs are told.
+        judge_price_out: US dollars for a million tokens that it writes.
+        judge_prompt: a file with the question to a chat judge, {prompt}, {first} and {second} in it; the one that ships
+            if left out.
+        judge_rpm: at most so many requests a minute; no limit if left out.
+        judge_concurrency: requests to a chat judge in flight at once.
+    """
+
+    judge_price_in: float | None = None
+    judge_price_out: float | None = None
+    judge_prompt: str | None = None
+    judge_rpm: float | None = None
+    judge_concurrency: int = 4
+
+    def __post_init__(self) -> None:
+        prices = (self.judge_price_in, self.judge_price_out)
+        if prices.count(None) == 1:
+            raise UserError("a judge's cost needs both judge_price_in and judge_price_out, got one of them")
+        for price in prices:
+            if price is not None and not 0 <= price < math.inf:
+                raise UserError(f"a judge's price must be a finite number of at least 0, got {price}")
+        if self.judge_rpm is not None and not self.judge_rpm > 0:
+            raise UserError(f"judge_rpm must be greater than 0, got {self.judge_rpm}")
+        if self.judge_concurrency < 1:
+            raise UserError(f"judge_concurrency must be at least 1, got {self.judge_concurrency}")
 
 
 class TaskJudge:
@@ -18,22 +57,33 @@ class TaskJudge:
     Args:
         spec: a scorer's name, `reward:MODEL` or `chat:MODEL@URL`.
         folder: where a chat judge keeps its replies.
+        options: of a chat judge.
+
+    Raises:
+        UserError: no such judge, one that cannot be used, or options for another than a chat judge.
     """
 
-    def __init__(self, spec: str, folder: Path) -> None:
+    def __init__(self, spec: str, folder: Path, options: JudgeOptions | None = None) -> None:
         from llmdoctor.evaluation.judges import RewardJudge, ScoreJudge
 
         self.name = spec
         self._score: Any = None
+        self._chat: ChatJudge | None = None
+        options = options or JudgeOptions()
         kind, _, rest = spec.partition(":")
+        if kind != "chat" and (given := _given(options)):
+            raise UserError(f"{', '.join(given)}: only for a chat judge, the judge is {spec!r}")
         if kind == "chat":
-            self._judge: Any = _chat_judge(rest, folder)
+            self._chat = _chat_judge(rest, folder, options)
+            self._judge: Any = self._chat
         elif kind == "reward":
             from llmdoctor.models.reward_model import load_reward_model
 
             model = load_reward_model(rest)
             self._judge = RewardJudge(model, name=spec)
-            self._score = model.score
+            self._score = lambda prompts, texts: finite_rewards(spec, model.score(prompts, texts))
+            # One with broken weights is told now, not after hours of decoding.
+            self._score([[{"role": "user", "content": "Hello"}]], ["Hello."])
         else:
             from llmdoctor.evaluation.scorers import get_scorer
 
@@ -41,8 +91,22 @@ class TaskJudge:
             self._judge = ScoreJudge(scorer)
             self._score = lambda prompts, texts: scorer(texts)
 
+    @property
+    def only_compares(self) -> bool:
+        """It has no number for a single answer."""
+        return self._score is None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of endpoint, parameters and question of a chat judge; None for the others."""
+        return self._chat.fingerprint if self._chat else None
+
     def scores(self, prompts: Sequence[Messages], texts: Sequence[str], patient: Sequence[str]) -> list[float]:
-        """One number an answer: the score; from a judge that only compares, 1, ½ or 0 against the patient's answer."""
+        """One number an answer: the score; from a judge that only compares, 1, ½ or 0 against the patient's answer.
+
+        Raises:
+            UserError: a reward that is not a finite number, or a chat judge that refuses or stays down.
+        """
         if self._score is not None:
             return list(self._score(prompts, texts))
         return self.outcomes(prompts, texts, patient)
@@ -51,14 +115,48 @@ class TaskJudge:
         """1 where the first answer wins, 0 where the second does, else ½."""
         return [verdict.outcome for verdict in self._judge.compare(prompts, first, second)]
 
+    def agreement(self, pairs: Sequence[PreferencePair], progress: Progress | None = None) -> JudgeAgreement:
+        """How often it prefers the response that people chose."""
+        from llmdoctor.evaluation.judges import judge_agreement
 
-def _chat_judge(rest: str, folder: Path) -> Any:
+        return judge_agreement(self._judge, pairs, progress=progress)
+
+    def estimate(self, prompts: Sequence[Messages], first: Sequence[str], second: Sequence[str]) -> CostEstimate | None:
+        """What a chat judge would be asked for these verdicts; None for a judge that costs nothing."""
+        return self._chat.estimate(prompts, first, second) if self._chat else None
+
+    def report(self) -> JudgeReport | None:
+        """What a chat judge has been asked so far; None for the others."""
+        return self._chat.report() if self._chat else None
+
+
+def finite_rewards(name: str, rewards: Sequence[float]) -> list[float]:
+    """The rewards; UserError, naming the reward model, if one is not a finite number."""
+    bad = [reward for reward in rewards if not math.isfinite(reward)]
+    if bad:
+        raise UserError(
+            f"{name} gave the reward {bad[0]} to {len(bad)} of {len(rewards)} answers; expected finite numbers: its "
+            "weights are broken, or too large for its dtype"
+        )
+    return list(rewards)
+
+
+def _given(options: JudgeOptions) -> list[str]:
+    return [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+
+
+def _chat_judge(rest: str, folder: Path, options: JudgeOptions) -> ChatJudge:
     from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
     from llmdoctor.evaluation.chat_judge import ChatJudge
+    from llmdoctor.evaluation.judge_report import Prices
 
     model, _, url = rest.partition("@")
     if not model:
         raise UserError("a chat judge is named chat:MODEL or chat:MODEL@URL")
-    endpoint = ChatEndpoint(model, url) if url else ChatEndpoint(model)
+    pace: dict[str, Any] = {"requests_per_minute": options.judge_rpm, "concurrency": options.judge_concurrency}
+    endpoint = ChatEndpoint(model, url, **pace) if url else ChatEndpoint(model, **pace)
+    prices = None
+    if options.judge_price_in is not None and options.judge_price_out is not None:
+        prices = Prices(options.judge_price_in, options.judge_price_out)
     folder.mkdir(parents=True, exist_ok=True)
-    return ChatJudge(endpoint, cache=folder / "judge.sqlite")
+    return ChatJudge(endpoint, prompt=options.judge_prompt, cache=folder / "judge.sqlite", prices=prices)

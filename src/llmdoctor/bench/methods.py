@@ -50,7 +50,8 @@ class Contender:
         title: for people.
         source: paper.
         settings: those that are measured; more than one makes a curve.
-        build: makes the decoder of a task, seed and setting.
+        build: makes the decoder of a task, seed and setting; None where nothing is decoded: the answer is the one of
+            the patient's first `n` that the reward model likes best.
         any_task: it has nothing to learn, so its answers serve every task.
         few_prompts: it answers `transfer_q_prompts` prompts only.
         trained: the models it needs, as `Kit.trained` names them.
@@ -60,7 +61,7 @@ class Contender:
     title: str
     source: str
     settings: tuple[Setting, ...]
-    build: Build
+    build: Build | None
     any_task: bool = False
     few_prompts: bool = False
     trained: tuple[str, ...] = ()
@@ -135,13 +136,6 @@ def _transfer_q(kit: Kit, seed: int, setting: Setting) -> Built:
     return Built(decoder, {}, {})
 
 
-def _best_of_n(kit: Kit, seed: int, setting: Setting) -> Built:
-    from llmdoctor.baselines.best_of_n import BestOfN
-
-    inner = GuidedDecoder(kit.patient, max_batch_size=kit.options.batch_size)
-    return Built(BestOfN(inner, kit.reward_model(seed), int(setting["n"])), {}, {})
-
-
 def _grid(knob: str, *values: float, **fixed: float) -> tuple[Setting, ...]:
     return tuple({knob: float(value), **fixed} for value in values)
 
@@ -161,7 +155,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("top_k", "top-k 50", "arXiv 1805.04833", ({},), _patient_alone(top_k=50), any_task=True),
         Contender("top_p", "top-p 0.9", "arXiv 1904.09751", ({},), _patient_alone(top_p=0.9), any_task=True),
         Contender("contrastive", "contrastive search", "arXiv 2202.06417", ({},), _contrastive, any_task=True),
-        Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), _best_of_n, trained=_CRITIC),
+        Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), None, trained=_CRITIC),
         Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 1.5), _args(0.0), trained=_CRITIC),
         Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0),
                   trained=_CRITIC),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypedDict
 
@@ -69,13 +70,18 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
     rows: list[Row] = []
     ratings: list[Elo] = []
     for task in arena.tasks:
+        arena.announce_scores(task, [CONTENDERS[name] for name in chosen], _most_questions(arena, chosen))
         best = {name: best_point(arena, task, CONTENDERS[name]) for name in chosen}
+        matches: list[tuple[str, str, Chosen]] = []
         for name in chosen:
             if name == DOCTOR:
                 continue
-            rows.append(_row(arena, task, name, "best", best[name], best[DOCTOR]))
+            # A method that answers few prompts is compared on those.
+            matches.append((name, "best", best[DOCTOR].only(best[name].texts)))
             if name != PATIENT:
-                rows.append(_row(arena, task, name, "equal_kl", best[name], at_kl(arena, task, best[name])))
+                matches.append((name, "equal_kl", at_kl(arena, task, best[name])))
+        arena.announce(task, [(doctor.texts, best[name].texts) for name, _, doctor in matches])
+        rows.extend(_row(arena, task, name, at, best[name], doctor) for name, at, doctor in matches)
         ratings.extend(_ratings(arena, task, best))
     arena.write("table.json", rows)
     arena.write("elo.json", ratings)
@@ -86,6 +92,8 @@ def make_frontier(arena: Arena, names: Sequence[str] = ()) -> list[Figures]:
     """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows."""
     chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
     arena.decode(chosen)
+    for task in arena.tasks:
+        arena.announce_scores(task, chosen)
     rows = [point.figures() for task in arena.tasks for contender in chosen for point in arena.points(task, contender)]
     arena.write("frontier.json", rows)
     return rows
@@ -182,8 +190,6 @@ def _best(points: Sequence[Point], patient: Point) -> int:
 
 
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
-    # A method that answers few prompts is compared on those.
-    doctor = doctor.only(method.texts)
     outcomes = arena.outcomes(task, doctor.texts, method.texts)
     result = matchup_from_outcomes(outcomes)
     flat = [answer for point in method.points for row in point.answers.values() for answer in row]
@@ -213,17 +219,25 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
     }
 
 
+def _most_questions(arena: Arena, names: Sequence[str]) -> int:
+    """Most questions behind the rows; those of the patient's are asked for the scores."""
+    prompts = sum(len(arena.cells.prompts_of(CONTENDERS[name])) for name in names if name not in (DOCTOR, PATIENT))
+    # Two rows a method, both presentation orders.
+    return 4 * prompts * arena.options.seeds
+
+
 def _ratings(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> list[Elo]:
-    names = list(best)
     outcomes = {}
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            shared = [prompt for prompt in best[one].texts if prompt in best[other].texts]
-            outcomes[one, other] = arena.outcomes(
-                task,
-                {prompt: best[one].texts[prompt] for prompt in shared},
-                {prompt: best[other].texts[prompt] for prompt in shared},
-            )
+    for one, other in itertools.combinations(best, 2):
+        # Where every match costs money, those that were asked for the scores and rows link all methods.
+        if arena.judge(task).only_compares and not {one, other} & {PATIENT, DOCTOR}:
+            continue
+        shared = [prompt for prompt in best[one].texts if prompt in best[other].texts]
+        outcomes[one, other] = arena.outcomes(
+            task,
+            {prompt: best[one].texts[prompt] for prompt in shared},
+            {prompt: best[other].texts[prompt] for prompt in shared},
+        )
     return [
         {"task": task.name, "method": name, "elo": rating.elo, "low": rating.low, "high": rating.high}
         for name, rating in bradley_terry(outcomes, PATIENT).items()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from llmdoctor.cli.bench_judge import AskUser, JudgeFlags, Yes, judge, reported
+from llmdoctor.cli.bench_output import show_done, show_rows, show_table
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
 from llmdoctor.errors import UserError
@@ -67,8 +67,11 @@ def _arena(
     pairs: str | None = None,
     faces: str | None = None,
     judge: str | None = None,
+    chat: dict[str, Any] | None = None,
+    yes: bool = False,
 ) -> Iterator[Arena]:
     """What the options ask for; inside the block the libraries that train are quiet."""
+    from llmdoctor.bench.judging import JudgeOptions
     from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
 
     chosen = {task.name: task for task in CONTROLLED_TASKS}
@@ -84,15 +87,19 @@ def _arena(
     picked = [task for name, task in chosen.items() if not tasks or name in tasks]
     if pairs is not None and faces is not None and judge is not None:
         picked = [Task("own", pairs, faces, judge)]
-    options = BenchOptions(**size)
+    options, judge_options = BenchOptions(**size), JudgeOptions(**(chat or {}))
     from llmdoctor.bench.arena import Arena
     from llmdoctor.cli.training_callback import quiet_training
 
     run.kept = f"Finished answers and models are kept in {output}; the same command goes on from there."
     if quick:
         run.progress.say("This is a smoke run: its figures mean nothing.")
-    with quiet_training(run.verbose):
-        yield Arena(output, options.quick() if quick else options, run.progress, picked, quick=quick)
+    arena = Arena(
+        output, options.quick() if quick else options, run.progress, picked, quick=quick, judge_options=judge_options,
+        consent=AskUser(run, yes),
+    )  # fmt: skip
+    with reported(run, lambda: arena.judges), quiet_training(run.verbose):
+        yield arena
 
 
 def _known_methods(names: list[str]) -> list[str]:
@@ -116,6 +123,8 @@ def table(
     faces: _Faces = None,
     judge: _Judge = None,
     size: _Size,
+    chat: JudgeFlags,
+    yes: Yes = False,
 ) -> None:
     """LLMdoctor against every method: win, tie, loss at each one's best setting and at equal KL.
 
@@ -124,7 +133,7 @@ def table(
     from llmdoctor.bench.table import make_table
 
     names = _known_methods(method)
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge) as arena:
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
         rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
     for head in (
@@ -146,10 +155,10 @@ def table(
             f"{row['win_plus_half_tie']:.1f}", f"{row['ci_low']:.1f} … {row['ci_high']:.1f}", f"{row['score']:.3f}",
             f"{row['doctor_score']:.3f}", f"{row['kl']:.1f}", f"{row['doctor_kl']:.1f}{'*' if row['clamped'] else ''}",
         )  # fmt: skip
-    _show(run, shown)
+    show_table(run, shown)
     if any(row["clamped"] for row in rows):
         run.say("* beyond what LLMdoctor was measured at: the nearest setting stands in")
-    _done(run, output, "table.json", quick)
+    show_done(run, output, "table.json", quick)
 
 
 @command
@@ -164,6 +173,8 @@ def frontier(
     faces: _Faces = None,
     judge: _Judge = None,
     size: _Size,
+    chat: JudgeFlags,
+    yes: Yes = False,
 ) -> None:
     """Score, KL, diversity, fluency and cost of every method at every setting of its knob.
 
@@ -172,11 +183,11 @@ def frontier(
     from llmdoctor.bench.table import make_frontier
 
     names = _known_methods(method)
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge) as arena:
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
         rows = make_frontier(arena, names)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
-    _print(run, rows, ("task", "method", "setting"), figures)
-    _done(run, output, "frontier.json", quick)
+    show_rows(run, rows, ("task", "method", "setting"), figures)
+    show_done(run, output, "frontier.json", quick)
 
 
 @command
@@ -190,10 +201,10 @@ def pareto(run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = Fa
     with _arena(run, output, quick, size) as arena:
         result = make_pareto(arena, STRENGTHS[:1] if quick else STRENGTHS)
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
-    _print(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
+    show_rows(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
     for name, volume in result["hypervolume"].items():
         run.say(f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f})")
-    _done(run, output, "pareto.json", quick)
+    show_done(run, output, "pareto.json", quick)
 
 
 @command
@@ -213,8 +224,8 @@ def ablation(
 
     with _arena(run, output, quick, size, task) as arena:
         rows = make_ablation(arena)
-    _print(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
-    _done(run, output, "ablation.json", quick)
+    show_rows(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
+    show_done(run, output, "ablation.json", quick)
 
 
 @command
@@ -241,8 +252,8 @@ def dynamics(
         }
         for row in rows
     ]
-    _print(run, quarters, ("task", "method"), ("25%", "50%", "75%", "100%"))
-    _done(run, output, "dynamics.json", quick)
+    show_rows(run, quarters, ("task", "method"), ("25%", "50%", "75%", "100%"))
+    show_done(run, output, "dynamics.json", quick)
 
 
 @command
@@ -264,8 +275,8 @@ def human(
 
     with _arena(run, output, quick, size) as arena:
         rows = make_human(arena, train, validation, faces, 16 if quick else None)
-    _print(run, rows, ("method",), ("accuracy", "low", "high", "difference", "difference_low", "difference_high"))
-    _done(run, output, "human.json", quick)
+    show_rows(run, rows, ("method",), ("accuracy", "low", "high", "difference", "difference_low", "difference_high"))
+    show_done(run, output, "human.json", quick)
 
 
 @command
@@ -279,35 +290,6 @@ def report(run: Run, *, output: _Output = Path("runs/bench")) -> None:
     run.say(f"the report is {render_bench_report(output)}")
 
 
-def _print(run: Run, rows: Any, names: tuple[str, ...], figures: tuple[str, ...]) -> None:
-    shown = Table(box=None, pad_edge=False)
-    for name in names:
-        shown.add_column(name)
-    for name in figures:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        shown.add_row(*(_words(row[name]) for name in names), *(f"{row[name]:.3f}" for name in figures))
-    _show(run, shown)
-
-
-def _show(run: Run, table: Table) -> None:
-    """Print a table in full: a line that is wider than the window goes on below, but no word is cut."""
-    needed = Measurement.get(run.console, run.console.options.update(width=1000), table).maximum
-    Console(highlight=False, width=max(run.console.width, needed)).print(table)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number:g}" for name, number in value.items())
-    return str(value)
-
-
-def _done(run: Run, output: Path, name: str, quick: bool) -> None:
-    if quick:
-        run.say("A smoke run: these figures mean nothing.")
-    run.say(f"results are in {output / name}, every answer in {output / 'raw'}; llmdoctor bench report -o {output}")
-
-
-_COMMANDS: tuple[Callable[..., None], ...] = (table, frontier, pareto, ablation, dynamics, human, report)
+_COMMANDS: tuple[Callable[..., None], ...] = (table, frontier, pareto, ablation, dynamics, human, judge, report)
 for function in _COMMANDS:
     app.command()(function)

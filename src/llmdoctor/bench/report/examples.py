@@ -70,14 +70,15 @@ def read_examples(results: BenchResults) -> tuple[dict[str, list[Example]], str]
 
 def _prompts(results: BenchResults) -> tuple[Mapping[str, Sequence[Message]], str]:
     """The conversations by id; where they cannot be had for certain, none, and why."""
-    options = results.run.get("options")
+    record = results.records.get("table.json", {})
+    options = record.get("options")
     if not options:
-        return {}, "The prompts are not known (no run.json): only their ids are shown."
+        return {}, "run.json does not say which prompts table.json is about: only their ids are shown."
     try:
         prompts = load_prompts(options["prompts"], limit=options["prompt_count"])
     except UserError as error:
         return {}, f"The prompts cannot be read ({error}): only their ids are shown."
-    if digest([[prompt.id, list(prompt.messages)] for prompt in prompts]) != results.run.get("prompts_hash"):
+    if digest([[prompt.id, list(prompt.messages)] for prompt in prompts]) != record.get("prompts_hash"):
         return {}, "The prompts have changed since: only their ids are shown."
     return {prompt.id: prompt.messages for prompt in prompts}, ""
 

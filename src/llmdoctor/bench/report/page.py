@@ -34,14 +34,16 @@ def render_bench_report(folder: Path) -> Path:
     results = read_results(folder)
     found = findings(results.table)
     examples, examples_note = read_examples(results)
+    quick = [name for name, record in results.records.items() if record.get("quick")]
     return write_page(
         "bench.html.j2",
         folder / PAGE,
         title="The arena · llmdoctor bench",
         footer=f"Made by llmdoctor bench. Method: {PAPER}.",
         css=Markup(SERIES_CSS + colours_css(dark=False) + _DARK.format(colours_css(dark=True))),
-        quick=bool(results.run.get("quick")),
-        headline=("Smoke run, means nothing: " if results.run.get("quick") else "") + headline(found),
+        quick=quick,
+        all_quick=len(quick) == len(results.records),
+        headline=("Smoke run, means nothing: " if "table.json" in quick else "") + headline(found),
         findings=found,
         scale=_scale(results),
         tables=[_Table(task, rows) for task in results.tasks if (rows := _of(results.table, task))],
@@ -54,7 +56,8 @@ def render_bench_report(folder: Path) -> Path:
         costs=_costs(results.frontier),
         examples=examples,
         examples_note=examples_note,
-        run=_provenance(results.run),
+        origins=_origins(results.records),
+        unrecorded=[name for name in results.present if name not in results.records],
         missing=results.missing,
         look=look,
         is_own=is_own,
@@ -134,8 +137,16 @@ def _scale(results: BenchResults) -> str:
     )
 
 
-def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the results were made from, without what was left empty."""
+def _origins(records: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """File names with what they were made from; files of one record together."""
+    names: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name, record in records.items():
+        names.setdefault(tuple(_facts(record)), []).append(name)
+    return [(", ".join(files), list(facts)) for facts, files in names.items()]
+
+
+def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A record without what was left empty."""
     tasks = [dict(task) for task in run.get("tasks", [])]
     shown = {**run, "tasks": {task.pop("name"): task for task in tasks}}
     return [(name.removeprefix("options · "), value) for name, value in flat(shown) if value]

@@ -13,6 +13,7 @@ from llmdoctor.bench.ablation import AblationRow
 from llmdoctor.bench.held_out import DynamicsRow, HumanRow
 from llmdoctor.bench.pareto import Pareto, ParetoPoint
 from llmdoctor.bench.points import Figures
+from llmdoctor.bench.record import RUN, read_records
 from llmdoctor.bench.table import Elo, Row
 from llmdoctor.errors import UserError
 
@@ -25,6 +26,8 @@ _FILES: Mapping[str, type] = {
     "dynamics": DynamicsRow,
     "human": HumanRow,
 }
+# Their tasks are no rows of a comparison.
+_UNJUDGED = ("human.json", "judge.json")
 # Bounded or regularised where they are made. A score, KL or perplexity may be infinite: the page then says so.
 _ALWAYS_FINITE = (Elo, HumanRow)
 
@@ -35,12 +38,12 @@ class BenchResults:
 
     Attributes:
         folder: where.
-        run: what the results were made from, see `bench.record`.
+        records: what each result file that is there was made from, by its name, see `bench.record`.
         missing: names of the files that are not there.
     """
 
     folder: Path
-    run: Mapping[str, Any]
+    records: Mapping[str, Mapping[str, Any]]
     table: list[Row]
     frontier: list[Figures]
     elo: list[Elo]
@@ -51,9 +54,15 @@ class BenchResults:
     missing: tuple[str, ...]
 
     @property
+    def present(self) -> list[str]:
+        """Names of the result files that are there."""
+        return [name for name in (*(f"{name}.json" for name in _FILES), "pareto.json") if name not in self.missing]
+
+    @property
     def tasks(self) -> list[str]:
         """Names, in the order in which they were measured."""
-        named = [str(task["name"]) for task in self.run.get("tasks", [])]
+        judged = (record for name, record in self.records.items() if name not in _UNJUDGED)
+        named = [str(task["name"]) for record in judged for task in record.get("tasks", [])]
         groups: tuple[list[Any], ...] = (self.table, self.frontier, self.elo, self.ablation, self.dynamics)
         return list(dict.fromkeys([*named, *(row["task"] for rows in groups for row in rows)]))
 
@@ -71,14 +80,12 @@ def read_results(folder: Path) -> BenchResults:
         missing.append("pareto.json")
     if len(missing) == len(_FILES) + 1:
         raise UserError(f"{folder} holds no results; expected at least one of {', '.join(missing)}: run a bench first")
-    run = _load(folder / "run.json")
-    if run is None:
-        missing.append("run.json")
-    elif not isinstance(run, dict):
-        raise UserError(f"{folder / 'run.json'} must hold one object, found {type(run).__name__}; run the bench again")
+    records = {name: record for name, record in read_records(folder).items() if (folder / name).is_file()}
+    if not (folder / RUN).is_file():
+        missing.append(RUN)
     return BenchResults(
         folder=folder,
-        run=run or {},
+        records=records,
         pareto=pareto,
         missing=tuple(missing),
         **{name: found or [] for name, found in rows.items()},
