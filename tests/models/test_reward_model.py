@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import LORA
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -149,6 +150,14 @@ def test_bfloat16_keeps_rewards_apart(plain: Path) -> None:
 
 def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_broken_weights_are_one_clear_line(plain: Path) -> None:
+    weights = load_file(plain / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="computes numbers that are not finite; its weights are broken"):
+        load(plain)
 
 
 def test_two_heads_are_refused(tiny_model: LoadedModel, tmp_path: Path) -> None:

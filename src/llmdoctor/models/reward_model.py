@@ -367,6 +367,10 @@ def _head_of(spec: str, model: Any) -> RewardHead:
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
         once = model.get_decoder()(input_ids=probe[:, :2], use_cache=False).last_hidden_state
+    if not torch.isfinite(hidden).all():
+        raise UserError(
+            f"{spec} computes numbers that are not finite; its weights are broken, or too large for {hidden.dtype}"
+        )
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(hidden[:, 1], once[:, 1], rtol=tolerance, atol=tolerance * float(hidden.abs().max())):
         raise UserError(f"{spec} ({type(model).__name__}) reads text in both directions; only decoders are supported")
