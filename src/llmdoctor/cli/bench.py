@@ -136,19 +136,9 @@ def table(
     with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
         rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
-    for head in (
-        "task",
-        "against",
-        "at",
-        "win/tie/loss",
-        "win + ½ tie",
-        "95 %",
-        "score",
-        "LLMdoctor's",
-        "KL",
-        "its KL",
-    ):
-        shown.add_column(head, justify="left" if head in ("task", "against", "at") else "right")
+    words, figures = ("task", "against", "at"), ("win/tie/loss", "win + ½ tie", "95 %", "score")
+    for head in (*words, *figures, "LLMdoctor's", "KL", "its KL"):
+        shown.add_column(head, justify="left" if head in words else "right")
     for row in rows:
         shown.add_row(
             row["task"], row["method"], row["at"], f"{row['win']}/{row['tie']}/{row['loss']}",
