@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,41 +60,49 @@ class JobServer:
         )
         assert self._line() == "ready", self._errors()
 
-    def run(self, source: str, *arguments: Any, kill_after: float | None = None) -> bool:
-        """Run a job to its end, or kill it after so many seconds; returns whether it ended by itself."""
+    def run(self, source: str, *arguments: Any, kill_when: Callable[[], bool] | None = None) -> bool:
+        """Run a job to its end, or kill it as soon as `kill_when()`; returns whether it ended by itself."""
         stdin = self._process.stdin
         assert stdin is not None
         stdin.write(json.dumps([source, [str(argument) for argument in arguments]]) + "\n")
         stdin.flush()
         pid = int(self._line())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            # A job that has ended is a zombie at worst or was reaped a moment ago, and then there is nothing to kill.
+        if kill_when is not None:
+            # A job that has ended was reaped by the server, so there is nothing to kill.
             with contextlib.suppress(ProcessLookupError):
+                while not kill_when():
+                    os.kill(pid, 0)
+                    time.sleep(0.002)
                 os.kill(pid, signal.SIGKILL)
         status = int(self._line())
         if os.WIFSIGNALED(status):
             assert os.WTERMSIG(status) == signal.SIGKILL, self._errors()
-            assert kill_after is not None
+            assert kill_when is not None
             return False
         assert os.WEXITSTATUS(status) == 0, self._errors()
         return True
 
     def run_through_kills(
-        self, source: str, *arguments: Any, kills: int, seconds: float, seed: int = 0, left: Callable[[], Any]
-    ) -> list[Any]:
-        """Run a job again and again, killed at random moments of an uninterrupted run's `seconds`, until it ends.
+        self, source: str, *arguments: Any, progress: Callable[[], int], kills: Sequence[int], seed: int = 0
+    ) -> None:
+        """Run a job again and again, killed a random moment after its `progress()` reaches each of `kills`, to its end.
 
-        After `kills` kills it is left in peace. Returns what `left()` said after each kill.
+        Progress triggers the kills, not the clock: on a busy machine a job's pace is anybody's guess.
+
+        Raises:
+            AssertionError: a job ended before it could be killed, so the test would have shown nothing.
         """
         draw = random.Random(seed)
-        seen: list[Any] = []
-        while len(seen) < kills:
-            if self.run(source, *arguments, kill_after=draw.uniform(0.2, 0.8) * seconds):
-                return seen
-            seen.append(left())
-        self.run(source, *arguments)
-        return seen
+        for reached in kills:
+
+            def due(reached: int = reached) -> bool:
+                if progress() < reached:
+                    return False
+                time.sleep(draw.uniform(0, 0.05))
+                return True
+
+            assert not self.run(source, *arguments, kill_when=due), f"ended before it was killed at {reached}"
+        assert self.run(source, *arguments)
 
     def close(self) -> None:
         """End the server."""
@@ -110,3 +118,8 @@ class JobServer:
     def _errors(self) -> str:
         self._log.seek(0)
         return self._log.read()
+
+
+def last_step(checkpoints: Path) -> int:
+    """The highest step of which a checkpoint, whole or not, stands in the folder; 0 if none does."""
+    return max((int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*[0-9]")), default=0)
