@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before torch is loaded: waiting threads that spin stall each other where cores are shared.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As llmdoctor.threads.spin_briefly, before anything can load torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -16,6 +16,7 @@ from typer.main import get_command
 from llmdoctor.cli import bench, chat, demo, generate, inspect, models, pairs, rewards, train
 from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
+from llmdoctor.threads import spin_briefly
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 
@@ -70,8 +71,7 @@ def _default(
 
 def main() -> None:
     """Console entry: runs the command line on this process's arguments and exits with its status."""
-    # Torch is not loaded yet. Waiting threads that spin stall each other where cores are shared with other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     sys.exit(run(sys.argv[1:]))
 
 
