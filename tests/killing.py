@@ -83,16 +83,24 @@ class JobServer:
         return True
 
     def run_through_kills(
-        self, source: str, *arguments: Any, progress: Callable[[], int], kills: Sequence[int], seed: int = 0
-    ) -> None:
+        self,
+        source: str,
+        *arguments: Any,
+        progress: Callable[[], int],
+        kills: Sequence[int],
+        seed: int = 0,
+        left: Callable[[], Any] = lambda: None,
+    ) -> list[Any]:
         """Run a job again and again, killed a random moment after its `progress()` reaches each of `kills`, to its end.
 
-        Progress triggers the kills, not the clock: on a busy machine a job's pace is anybody's guess.
+        Progress triggers the kills, not the clock: on a busy machine a job's pace is anybody's guess. Returns what
+        `left()` said after each kill.
 
         Raises:
             AssertionError: a job ended before it could be killed, so the test would have shown nothing.
         """
         draw = random.Random(seed)
+        seen: list[Any] = []
         for reached in kills:
 
             def due(reached: int = reached) -> bool:
@@ -102,7 +110,9 @@ class JobServer:
                 return True
 
             assert not self.run(source, *arguments, kill_when=due), f"ended before it was killed at {reached}"
+            seen.append(left())
         assert self.run(source, *arguments)
+        return seen
 
     def close(self) -> None:
         """End the server."""

@@ -191,11 +191,11 @@ def test_elo_of_a_chat_judge_rests_on_matches_with_llmdoctor_and_the_patient(
 
 
 def test_how_a_chat_judge_is_asked(tmp_path: Path) -> None:
-    """Its own question, 40 requests a second, two at once; 2 questions of at most 512 tokens at $2 a million."""
+    """Its own question, 4 requests a second, two at once; 2 questions of at most 512 tokens at $2 a million."""
     (tmp_path / "own.txt").write_text(
         "{prompt} <answer_A>\n{first}\n</answer_A> <answer_B>\n{second}\n</answer_B> Who?"
     )
-    options = JudgeOptions(1.0, 2.0, str(tmp_path / "own.txt"), 2400, 2)
+    options = JudgeOptions(1.0, 2.0, str(tmp_path / "own.txt"), 240, 2)
     with serving(Judging()) as server:
         judge = TaskJudge(f"chat:wise@{server.url}", tmp_path, options)
         estimate = judge.estimate(HI * 2, ["a", "one"], ["a", "three"])
@@ -205,7 +205,7 @@ def test_how_a_chat_judge_is_asked(tmp_path: Path) -> None:
         assert judge.outcomes(HI * 2, ["a", "one"], ["a", "three"]) == [0.5, 0.0]
         assert all(question.endswith("Who?") for question in server.questions)
         assert server.most_at_once <= 2
-        assert server.times[1] - server.times[0] >= 0.02
+        assert server.times[1] - server.times[0] >= 0.1
         report = judge.report()
         assert report is not None
         # The server counts 100 tokens read and 10 written a reply.

@@ -12,10 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmdoctor.baselines.best_of_n import BestOfN, Rewarder, best_of_n_kl
 from llmdoctor.bench.judging import finite_rewards
-from llmdoctor.bench.kit import Kit, Steps
+from llmdoctor.bench.kit import READOUT, Kit, Steps
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, SAMPLES, Built, Contender, Setting
 from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
@@ -133,7 +135,7 @@ class Cells:
 
     def _decode(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str) -> Cell:
         if contender.build is None:
-            return self._choose(task, int(setting["n"]), seed)
+            return self._choose(task, contender, int(setting["n"]), seed)
         built = contender.build(self.kits[task.name], seed, setting)
         prompts = self.prompts_of(contender)
         requests = [
@@ -155,24 +157,24 @@ class Cells:
         ]
         return Cell(answers, seconds)
 
-    def _choose(self, task: Task, n: int, seed: int) -> Cell:
+    def _choose(self, task: Task, contender: Contender, n: int, seed: int) -> Cell:
         """Best-of-n of the patient's own answers, which are decoded once for every n."""
-        from llmdoctor.baselines.best_of_n import best_of_n_kl
-
         samples = self.get(task, CONTENDERS[PATIENT], {}, seed)
         conversations = {prompt.id: prompt.messages for prompt in self.prompts}
         answers = [answer for answer in samples.answers if answer.sample < n]
         start = time.perf_counter()
-        rewards = (
-            self.kits[task.name]
-            .reward_model(seed)
-            .score(
-                [conversations[answer.prompt] for answer in answers],
-                [answer.text for answer in answers],
-                complete=[answer.finish == "stop" for answer in answers],
-            )
+        kit = self.kits[task.name]
+        judged_by = "read-out" if contender.trained == (READOUT,) else "reward model"
+        judge: Rewarder = kit.readout() if judged_by == "read-out" else kit.reward_model(seed)
+        rewards = judge.score(
+            [conversations[answer.prompt] for answer in answers],
+            [answer.text for answer in answers],
+            complete=[answer.finish == "stop" for answer in answers],
         )
-        finite_rewards(f"{task.name}: the reward model of seed {seed}", rewards)
+        finite_rewards(
+            f"{task.name}: the {judged_by} of seed {seed}",
+            rewards,
+        )
         seconds = time.perf_counter() - start + samples.seconds * n / SAMPLES
         by_prompt: dict[str, list[tuple[float, Answer]]] = {}
         for reward, answer in zip(rewards, answers, strict=True):
@@ -191,10 +193,17 @@ class Cells:
             )
         return Cell(kept, seconds)
 
+    @staticmethod
+    def _encoder(decoder: Any) -> ChatEncoder:
+        """That of the decoder that draws, however many wrappers choose among its answers."""
+        drawing: Any = decoder.inner if isinstance(decoder, BestOfN) else decoder
+        encoder: ChatEncoder = drawing.encoder
+        return encoder
+
     def _marks(self, built: Built, place: int, completion: Completion) -> list[list[Any]]:
         if place >= MARKED_PROMPTS or not built.request.get("betas"):
             return []
-        texts = built.decoder.encoder.token_texts(completion.token_ids)  # type: ignore[attr-defined]
+        texts = self._encoder(built.decoder).token_texts(completion.token_ids)
         shifts = zip(completion.logps, completion.patient_logps, strict=True)
         return [[text, round(ours - theirs, 3)] for text, (ours, theirs) in zip(texts, shifts, strict=True)]
 

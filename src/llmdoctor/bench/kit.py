@@ -19,6 +19,7 @@ from llmdoctor.rewards.store import RewardStore
 
 if TYPE_CHECKING:
     from llmdoctor.baselines.training import BaselineOptions
+    from llmdoctor.rewards.readout import Readout
     from llmdoctor.tfpo.config import TFPOConfig
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -34,6 +35,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """The doctor and what can be taken from it; the last is the paper's objective as it is written."""
+
+
+READOUT = "readout"
+"""What `Kit.recipe` calls the patient's read-out."""
 
 
 class Steps(Protocol):
@@ -125,6 +130,19 @@ class Kit:
 
         return self._once(("reward_model", seed), lambda: load_reward_model(self.trained("reward_model", seed)))
 
+    def readout(self) -> Readout:
+        """The patient's read-out of the training pairs, the same for every seed."""
+        from llmdoctor.rewards.readout import fit_readout
+
+        def fit() -> Readout:
+            pairs = self.pairs()
+            self.steps.start(f"{self.task.name}: read-out", len(pairs), "pairs")
+            found = fit_readout(self.patient, pairs, progress=self.steps.advance)
+            self.steps.done()
+            return found
+
+        return self._once(("readout",), fit)
+
     def good_reward(self, seed: int) -> float:
         """Mean reward of the preferred responses of the training pairs: what an answer should reach."""
 
@@ -143,6 +161,10 @@ class Kit:
 
             changes = ABLATIONS[kind]
             return digest([self._doctor_settings(kind, seed), asdict(RewardOptions(**changes.get("rewards", {})))])
+        if kind == READOUT:
+            from llmdoctor.rewards import readout
+
+            return digest([readout.SCHEMA_VERSION, list(readout.DEPTHS), list(readout.RIDGES)])
         return digest(asdict(self._budget(seed)))
 
     def forget(self) -> None:

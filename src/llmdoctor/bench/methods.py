@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmdoctor.bench.kit import Kit
+from llmdoctor.bench.kit import READOUT, Kit
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.request import Decoder
@@ -51,7 +51,7 @@ class Contender:
         source: paper.
         settings: those that are measured; more than one makes a curve.
         build: makes the decoder of a task, seed and setting; None where nothing is decoded: the answer is the one of
-            the patient's first `n` that the reward model likes best.
+            the patient's first `n` that the only model of `trained` likes best.
         any_task: it has nothing to learn, so its answers serve every task.
         few_prompts: it answers `transfer_q_prompts` prompts only.
         trained: the models it needs, as `Kit.trained` names them.
@@ -82,6 +82,18 @@ def guided(kind: str, form: str) -> Build:
         guide = kit.guide(kind, seed, form)
         decoder = GuidedDecoder(kit.patient, [guide], max_batch_size=kit.options.batch_size)
         return Built(decoder, {"alpha": setting.get("alpha", 1.0), "betas": {guide.name: setting["beta"]}}, {})
+
+    return build
+
+
+def _best_guided(kind: str) -> Build:
+    """Guided decoding, several times over; the answer that the patient's read-out likes best is kept."""
+
+    def build(kit: Kit, seed: int, setting: Setting) -> Built:
+        from llmdoctor.baselines.best_of_n import BestOfN
+
+        inner = guided(kind, "ratio")(kit, seed, setting)
+        return Built(BestOfN(inner.decoder, kit.readout(), int(setting["n"])), inner.request, inner.sampling)
 
     return build
 
@@ -149,6 +161,8 @@ CONTENDERS: Mapping[str, Contender] = {
                   guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
+        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
+                  _best_guided("tfpo"), trained=("tfpo", READOUT)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
         Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
@@ -156,6 +170,8 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("top_p", "top-p 0.9", "arXiv 1904.09751", ({},), _patient_alone(top_p=0.9), any_task=True),
         Contender("contrastive", "contrastive search", "arXiv 2202.06417", ({},), _contrastive, any_task=True),
         Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), None, trained=_CRITIC),
+        Contender("readout_best", "best-of-n by read-out", "this project", _grid("n", 2, 4, 8), None,
+                  trained=(READOUT,)),
         Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 1.5), _args(0.0), trained=_CRITIC),
         Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0),
                   trained=_CRITIC),
@@ -168,6 +184,8 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 1, 2), _faces),
         Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
                   _grid("beta", 0.5, 1, 2), guided("dpo", "ratio"), trained=("dpo",)),
+        Contender("dpo_best", "DPO, best of 4 by read-out", "this project's read-out", _grid("beta", 0.5, 1, n=4.0),
+                  _best_guided("dpo"), trained=("dpo", READOUT)),
     )
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""

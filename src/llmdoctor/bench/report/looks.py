@@ -82,6 +82,7 @@ class Look:
 _DRAWN: Mapping[str, Look] = {
     DOCTOR: Look("LLMdoctor", "", "", "teal", "circle", strong=True),
     "llmdoctor_product": Look("LLMdoctor, product", "", "", "teal", "circle", hollow=True, dash="dashed"),
+    "llmdoctor_best": Look("LLMdoctor, best of 4", "", "", "teal", "hexagon", dash="dashed"),
     "patient": Look("patient", "", "", "ink", "circle", hollow=True),
     "greedy": Look("greedy", "", "", "grey", "square", hollow=True),
     "temperature": Look("temperature 0.7", "", "", "grey", "diamond", hollow=True),
@@ -89,6 +90,7 @@ _DRAWN: Mapping[str, Look] = {
     "top_p": Look("top-p", "", "", "grey", "down", hollow=True),
     "contrastive": Look("contrastive search", "", "", "grey", "cross"),
     "best_of_n": Look("best-of-n", "", "", "gold", "down"),
+    "readout_best": Look("best-of-n by read-out", "", "", "gold", "down", hollow=True, dash="dashed"),
     "args": Look("ARGS, greedy", "", "", "sky", "plus"),
     "args_stochastic": Look("ARGS, stochastic", "", "", "sky", "star", dash="dashed"),
     "cards": Look("CARDS", "", "", "brown", "hexagon"),
@@ -96,6 +98,7 @@ _DRAWN: Mapping[str, Look] = {
     "genarm": Look("GenARM", "", "", "blue", "up"),
     "faces": Look("two faces", "", "", "purple", "diamond", dash="dotted"),
     "dpo": Look("DPO", "", "", "vermillion", "square"),
+    "dpo_best": Look("DPO, best of 4", "", "", "vermillion", "plus", dash="dotted"),
     "reward_soup": Look("Reward Soup", "Reward Soup of DPO policies", "2306.04488", "gold", "diamond", dash="dashed"),
     "mod": Look("MOD", "MOD of DPO policies", "2406.18853", "rose", "up", hollow=True, dash="dotted"),
     "whole": Look("whole", "LLMdoctor as it is", "", "teal", "circle", strong=True),

@@ -1,0 +1,322 @@
+"""Preferences read out of the patient's own states, linearly: a judge of answers that costs seconds to fit.
+
+    R(x, y) = mean over the tokens of y of  w · h_k(s_t)
+
+h_k is what the frozen patient's k-th layer says after the token, w has one weight a dimension. Pairs fit it in the
+Bradley-Terry model, P(y⁺ above y⁻) = σ(R(x, y⁺) − R(x, y⁻)), with a ridge on standardised states; layer and ridge are
+those with the lowest loss on pairs left out. A token's part of R is a dense token reward.
+
+Sources: Bradley & Terry (1952); Alain & Bengio, "Understanding intermediate layers using linear classifier probes"
+(arXiv 1610.01644). That states of the patient tell more than its log-likelihoods is this project's measurement
+(docs/research).
+Shapes: N pairs, L completion tokens, D hidden size, K layers (0 is the embeddings).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.data.preferences import PreferencePair
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.files import atomic_folder, write_json
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.logps import position_ids
+
+SCHEMA_VERSION = 1
+CONFIG_NAME = "readout.json"
+WEIGHTS_NAME = "readout.safetensors"
+BATCH_TOKENS = 8192
+"""Tokens (padding included) read at once."""
+
+DEPTHS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
+"""Where layers are tried: in the middle and above, where meaning is and the next token is not yet all that counts."""
+
+RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
+"""Tried from the strongest on; relative to the mean square of a standardised state, so the width does not matter."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReadoutFit:
+    """How a read-out came about.
+
+    Attributes:
+        layer: k.
+        ridge: weight of |w|² in standardised coordinates.
+        pairs: N.
+        loss: Bradley-Terry loss in nats on pairs left out of the fit (log 2 knows nothing).
+        accuracy: share of left-out pairs whose preferred answer scores higher.
+    """
+
+    layer: int
+    ridge: float
+    pairs: int
+    loss: float
+    accuracy: float
+
+
+class Readout:
+    """Scores answers, and each of their tokens, by the frozen patient's states.
+
+    Args:
+        patient: the model; it is only read.
+        weights: [D] w, float64.
+        fit: what it was fitted with.
+    """
+
+    def __init__(self, patient: LoadedModel, weights: Tensor, fit: ReadoutFit) -> None:
+        self.patient = patient
+        self.weights = weights
+        self.fit = fit
+        self.encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
+
+    def score(
+        self, prompts: Sequence[Messages], texts: Sequence[str], *, complete: bool | Sequence[bool] = False
+    ) -> list[float]:
+        """R of each answer, up to a constant of its prompt.
+
+        Args:
+            prompts: conversations, each ending with a user turn.
+            texts: an answer to each.
+            complete: whether the answers end there (then the end-of-turn token is read as well), for all or for each.
+
+        Raises:
+            UserError: an answer that does not fit into the patient's context.
+        """
+        ends = [complete] * len(texts) if isinstance(complete, bool) else list(complete)
+        rows = [
+            (self.encoder.prompt_ids(prompt), self.encoder.completion(text, end).ids)
+            for prompt, text, end in zip(prompts, texts, ends, strict=True)
+        ]
+        return [float(states[0] @ self.weights) for states in _pooled(self.patient, rows, [self.fit.layer])]
+
+    def token_rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[Tensor]:
+        """Each token's part of R: float64 tensors [L] that sum to the answer's score.
+
+        Args:
+            prompts: ids of each prompt.
+            completions: ids of each answer, none empty.
+        """
+        rows = list(zip(prompts, completions, strict=True))
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for places, states, mask in _read(self.patient, rows, [self.fit.layer]):
+            rewards = (states[0].double().cpu() @ self.weights) / mask.sum(-1, keepdim=True).cpu()
+            for place, row in zip(places, rewards, strict=True):
+                found[place] = row[: len(rows[place][1])].clone()
+        return found
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the read-out as a folder that appears whole or not at all; the patient is not part of it."""
+        with atomic_folder(Path(path)) as folder:
+            save_file({"weights": self.weights}, folder / WEIGHTS_NAME)
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "patient": self.patient.spec,
+                "patient_fingerprint": _relevant(self.patient.fingerprint),
+                "fit": asdict(self.fit),
+            }
+            write_json(folder / CONFIG_NAME, record)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, patient: LoadedModel) -> Readout:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            UserError: no read-out there, or one of another schema.
+            FingerprintMismatch: it was fitted on another patient.
+        """
+        folder = Path(path)
+        if not (folder / CONFIG_NAME).is_file():
+            raise UserError(f"{folder} is not a read-out: it has no {CONFIG_NAME}")
+        try:
+            record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / CONFIG_NAME} is not JSON: {error}") from error
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{folder / CONFIG_NAME} has schema version {record.get('schema_version')}, this version of llmdoctor "
+                f"reads {SCHEMA_VERSION}"
+            )
+        stored, current = record["patient_fingerprint"], _relevant(patient.fingerprint)
+        if stored != current:
+            raise FingerprintMismatch(str(folder), stored, current, "Fit a read-out on this patient.")
+        return cls(patient, load_file(folder / WEIGHTS_NAME)["weights"], ReadoutFit(**record["fit"]))
+
+
+def fit_readout(
+    patient: LoadedModel,
+    pairs: Iterable[PreferencePair],
+    *,
+    layers: Sequence[int] | None = None,
+    ridges: Sequence[float] = RIDGES,
+    folds: int = 5,
+    max_completion_length: int | None = 512,
+    progress: Callable[[int], None] | None = None,
+) -> Readout:
+    """Fit a read-out to preference pairs.
+
+    Args:
+        patient: the frozen model.
+        pairs: at least two a fold.
+        layers: candidates for k, 0 … the number of layers; those at `DEPTHS` if None.
+        ridges: candidates for the ridge.
+        folds: pairs are left out in so many parts, the i-th pair in part i mod `folds`.
+        max_completion_length: answers are read so far; None reads all.
+        progress: called with the number of pairs read.
+
+    Raises:
+        UserError: too few pairs, a layer that the patient does not have, or a pair that does not fit its context.
+    """
+    encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
+    rows: list[tuple[list[int], list[int]]] = []
+    for pair in pairs:
+        prompt = encoder.prompt_ids(pair.prompt)
+        for text, complete in ((pair.chosen, pair.chosen_complete), (pair.rejected, pair.rejected_complete)):
+            rows.append((prompt, encoder.completion(text, complete, max_completion_length).ids))
+    count = len(rows) // 2
+    if folds < 2 or count < 2 * folds:
+        raise UserError(f"a read-out with {folds} folds needs at least 2 folds and 2 pairs in each, got {count} pairs")
+    depth = int(patient.model.config.get_text_config().num_hidden_layers)
+    tried = sorted(set(layers if layers is not None else (round(depth * share) for share in DEPTHS)))
+    if not tried or not ridges or tried[0] < 0 or tried[-1] > depth:
+        raise UserError(f"layers must lie in 0 … {depth} and ridges must not be empty, got {tried} and {list(ridges)}")
+    pooled = _pooled(patient, rows, tried, progress)
+    best: tuple[float, float, int, float, Tensor] | None = None
+    for place, layer in enumerate(tried):
+        gaps = torch.stack([pooled[2 * i][place] - pooled[2 * i + 1][place] for i in range(count)])
+        # Two layers with like states, or a dead dimension: no division by nothing.
+        scale = gaps.square().mean(0).sqrt().clamp(min=1e-6 * float(gaps.abs().max().clamp(min=1e-30)))
+        features = gaps / scale / gaps.shape[1] ** 0.5
+        for ridge, margins in zip(ridges, left_out_margins(features, ridges, folds), strict=True):
+            loss = float(torch.nn.functional.softplus(-margins).mean())
+            accuracy = float((margins > 0).double().mean() + 0.5 * (margins == 0).double().mean())
+            if best is None or loss < best[0]:
+                weights = fit_bradley_terry(features, [ridge])[0] / scale / gaps.shape[1] ** 0.5
+                best = (loss, accuracy, layer, ridge, weights)
+    assert best is not None
+    loss, accuracy, layer, ridge, weights = best
+    return Readout(patient, weights, ReadoutFit(layer, ridge, count, loss, accuracy))
+
+
+def left_out_margins(gaps: Tensor, ridges: Sequence[float], folds: int) -> list[Tensor]:
+    """For each ridge, the margin [N] of every pair under weights that were fitted without its fold."""
+    found = [gaps.new_zeros(len(gaps)) for _ in ridges]
+    parts = torch.arange(len(gaps)) % folds
+    for part in range(folds):
+        out = parts == part
+        for margins, weights in zip(found, fit_bradley_terry(gaps[~out], ridges), strict=True):
+            margins[out] = gaps[out] @ weights
+    return found
+
+
+def fit_bradley_terry(gaps: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+    """argmin_w Σ_i log(1 + exp(−w · gap_i)) + ridge/2 · |w|², for each ridge, by Newton's method in the dual.
+
+    With w = Σ_i a_i gap_i the condition is ridge · a_i = σ(−w · gap_i): N unknowns however wide the states are.
+
+    Args:
+        gaps: [N, D] float64, preferred minus other.
+        ridges: positive.
+
+    Returns:
+        [D] weights for each ridge.
+    """
+    gram = gaps @ gaps.T
+    dual = gaps.new_zeros(len(gaps))
+    eye = torch.eye(len(gaps), dtype=gaps.dtype)
+    found = []
+    for ridge in ridges:
+        for _ in range(100):
+            odds = torch.sigmoid(-gram @ dual)
+            residual = ridge * dual - odds
+            if float(residual.abs().max()) < 1e-9:
+                break
+            step = torch.linalg.solve(ridge * eye + (odds * (1 - odds))[:, None] * gram, residual)
+            # Far from the optimum a whole step may overshoot.
+            size = 1.0
+            while size > 1e-3 and _residual(gram, dual - size * step, ridge) > float(residual.norm()):
+                size /= 2
+            dual = dual - size * step
+        found.append(gaps.T @ dual)
+    return found
+
+
+def _residual(gram: Tensor, dual: Tensor, ridge: float) -> float:
+    return float((ridge * dual - torch.sigmoid(-gram @ dual)).norm())
+
+
+def _pooled(
+    patient: LoadedModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    layers: Sequence[int],
+    progress: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """For each prompt and answer the mean state over the answer's tokens, [K, D] float64."""
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    read = reported = 0
+    for places, states, mask in _read(patient, rows, layers):
+        weight = mask / mask.sum(-1, keepdim=True)
+        means = torch.stack([(layer.float() * weight[:, :, None]).sum(1) for layer in states], dim=1).double().cpu()
+        for place, row in zip(places, means, strict=True):
+            found[place] = row
+        read += len(places)
+        if progress and read // 2 > reported:
+            progress(read // 2 - reported)
+            reported = read // 2
+    return found
+
+
+def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], layers: Sequence[int]) -> Iterator[Any]:
+    """Yields places of rows, their states [B, L, D] at each layer, and the mask [B, L] of the answers' tokens.
+
+    An answer without tokens is read at its prompt's last one.
+    """
+    context = int(getattr(patient.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=0)
+    if longest > context:
+        raise UserError(
+            f"a prompt and answer of {longest} tokens do not fit into the context of {context} of {patient.spec}; "
+            "shorten them"
+        )
+    decoder, device = patient.model.get_decoder(), patient.model.get_input_embeddings().weight.device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    while order:
+        places = [order.pop()]
+        columns = len(rows[places[0]][0]) + len(rows[places[0]][1])
+        while order and (len(places) + 1) * columns <= BATCH_TOKENS:
+            places.append(order.pop())
+        width = max(len(rows[place][0]) for place in places)
+        length = max(1, *(len(rows[place][1]) for place in places))
+        ids = torch.zeros(len(places), width + length, dtype=torch.long)
+        seen = torch.zeros(len(places), width + length, dtype=torch.long)
+        mask = torch.zeros(len(places), length)
+        for row, place in enumerate(places):
+            prompt, answer = rows[place]
+            # Answers begin in one column; one without tokens is moved right, its prompt's last token standing for it.
+            end = width + (len(answer) or 1)
+            begin = end - len(prompt) - len(answer)
+            ids[row, begin:end] = torch.tensor([*prompt, *answer])
+            seen[row, begin:end] = 1
+            mask[row, : end - width] = 1
+        ids, seen, mask = ids.to(device), seen.to(device), mask.to(device)
+        with torch.inference_mode():
+            states = decoder(
+                input_ids=ids, attention_mask=seen, position_ids=position_ids(seen), use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states  # fmt: skip
+            yield places, [states[layer][:, width:] for layer in layers], mask
+
+
+def _relevant(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """What decides a patient's states, up to rounding."""
+    return {name: fingerprint[name] for name in ("model", "tokenizer", "template") if name in fingerprint}

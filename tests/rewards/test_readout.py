@@ -1,0 +1,140 @@
+"""The read-out: its states against a plain pass, its weights against the optimum's condition, and what it is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import pair, some_pairs
+from torch.nn.functional import softplus
+
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.rewards.readout import (
+    Readout,
+    ReadoutFit,
+    _pooled,
+    fit_bradley_terry,
+    fit_readout,
+    left_out_margins,
+)
+
+
+@pytest.fixture(scope="module")
+def shared_model(tiny_folder: Path) -> LoadedModel:
+    """One model for tests that only read it."""
+    return load_model(str(tiny_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def rows(shared_model: LoadedModel) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of very different lengths, one without a token."""
+    return [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 14, 15, 16]), ([5, 6], []), ([3] * 40, [4]), ([7, 8], [9] * 30)]
+
+
+def plain_states(model: LoadedModel, prompt: list[int], answer: list[int], layer: int) -> torch.Tensor:
+    """[L, D] float64, one row without padding; the prompt's last token where there is no answer."""
+    with torch.no_grad():
+        out = model.model.get_decoder()(input_ids=torch.tensor([[*prompt, *answer]]), output_hidden_states=True)
+    return out.hidden_states[layer][0, -(len(answer) or 1) :].double()
+
+
+def test_pooled_states_are_those_of_each_row_alone(
+    shared_model: LoadedModel, rows: list[tuple[list[int], list[int]]]
+) -> None:
+    layers = [0, 1, 2]
+    for (prompt, answer), pooled in zip(rows, _pooled(shared_model, rows, layers), strict=True):
+        for place, layer in enumerate(layers):
+            expected = plain_states(shared_model, prompt, answer, layer).mean(0)
+            torch.testing.assert_close(pooled[place], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_token_rewards_sum_to_the_score(shared_model: LoadedModel) -> None:
+    weights = torch.randn(shared_model.model.config.hidden_size, dtype=torch.float64)
+    readout = Readout(shared_model, weights, ReadoutFit(1, 1.0, 2, 0.0, 1.0))
+    messages = [({"role": "user", "content": text},) for text in ("Hi", "How are you, cat?", "the")]
+    texts = ["the cat sat", "no", "on the mat with a zebra"]
+    complete = [True, False, True]
+    prompts = [readout.encoder.prompt_ids(message) for message in messages]
+    ids = [readout.encoder.completion(text, end).ids for text, end in zip(texts, complete, strict=True)]
+    scores = readout.score(messages, texts, complete=complete)
+    for score, rewards, answer, prompt in zip(scores, readout.token_rewards(prompts, ids), ids, prompts, strict=True):
+        states = plain_states(shared_model, prompt, answer, 1)
+        torch.testing.assert_close(rewards, states @ weights / len(answer), atol=1e-4, rtol=1e-4)
+        assert float(rewards.sum()) == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize(("pairs", "width"), [(12, 40), (60, 7), (30, 30)])
+def test_weights_are_the_optimum(pairs: int, width: int) -> None:
+    """The gradient of the ridge-penalised loss, by autograd, is zero, and no neighbour is better."""
+    generator = torch.Generator().manual_seed(pairs)
+    gaps = torch.randn(pairs, width, dtype=torch.float64, generator=generator) * 3
+    ridges = [10.0, 0.1, 1e-3]
+    for ridge, found in zip(ridges, fit_bradley_terry(gaps, ridges), strict=True):
+        weights = found.clone().requires_grad_()
+        loss = softplus(-gaps @ weights).sum() + ridge / 2 * weights.square().sum()
+        loss.backward()
+        assert weights.grad is not None
+        assert float(weights.grad.abs().max()) < 1e-6
+
+
+def test_left_out_margins_do_not_see_their_own_fold() -> None:
+    gaps = torch.randn(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    margins = left_out_margins(gaps, [0.5], folds=4)[0]
+    for part in range(4):
+        out = torch.arange(20) % 4 == part
+        weights = fit_bradley_terry(gaps[~out], [0.5])[0]
+        torch.testing.assert_close(margins[out], gaps[out] @ weights)
+
+
+def test_it_learns_what_the_pairs_say_and_not_what_they_do_not(shared_model: LoadedModel) -> None:
+    told: list[int] = []
+    pairs = [
+        pair(one.chosen + " zebra", one.chosen + " mat", f"{i}") if i % 2 else pair(
+            "zebra " + one.rejected, "mat " + one.rejected, f"{i}"
+        )
+        for i, one in enumerate(some_pairs(40))
+    ]  # fmt: skip
+    readout = fit_readout(shared_model, pairs, layers=[0, 1, 2], folds=4, progress=told.append)
+    assert readout.fit.pairs == sum(told) == 40
+    assert readout.fit.accuracy > 0.9
+    assert readout.fit.loss < 0.5
+    prompt = [({"role": "user", "content": "new"},)] * 2
+    liked, other = readout.score(prompt, ["the zebra ran", "the mat ran"])
+    assert liked > other
+    flipped = [replace(p, chosen=p.rejected, rejected=p.chosen) if i % 3 else p for i, p in enumerate(some_pairs(40))]
+    noise = fit_readout(shared_model, [replace(p, rejected=p.rejected.strip("!")) for p in flipped], folds=4)
+    assert noise.fit.loss > readout.fit.loss
+
+
+def test_a_folder_brings_the_same_scores_to_the_same_patient(shared_model: LoadedModel, tmp_path: Path) -> None:
+    readout = fit_readout(shared_model, some_pairs(12), folds=3)
+    readout.save_pretrained(tmp_path / "r")
+    again = Readout.from_pretrained(tmp_path / "r", shared_model)
+    prompt = [({"role": "user", "content": "Hi"},)]
+    assert again.fit == readout.fit
+    assert again.score(prompt, ["the cat"]) == readout.score(prompt, ["the cat"])
+    other = replace(shared_model, fingerprint={**shared_model.fingerprint, "model": "feedbeef"})
+    with pytest.raises(FingerprintMismatch, match="Fit a read-out on this patient"):
+        Readout.from_pretrained(tmp_path / "r", other)
+    with pytest.raises(UserError, match=r"is not a read-out: it has no readout\.json"):
+        Readout.from_pretrained(tmp_path, shared_model)
+    record = json.loads((tmp_path / "r" / "readout.json").read_text())
+    (tmp_path / "r" / "readout.json").write_text(json.dumps({**record, "schema_version": 9}))
+    with pytest.raises(UserError, match="has schema version 9"):
+        Readout.from_pretrained(tmp_path / "r", shared_model)
+    (tmp_path / "r" / "readout.json").write_text("{")
+    with pytest.raises(UserError, match=r"readout\.json is not JSON"):
+        Readout.from_pretrained(tmp_path / "r", shared_model)
+
+
+def test_bad_input(shared_model: LoadedModel) -> None:
+    with pytest.raises(UserError, match="2 pairs in each, got 9 pairs"):
+        fit_readout(shared_model, some_pairs(9))
+    with pytest.raises(UserError, match=r"layers must lie in 0 … 2 .*got \[1, 3\]"):
+        fit_readout(shared_model, some_pairs(12), layers=[1, 3])
+    with pytest.raises(UserError, match=r"tokens do not fit into the context of \d+"):
+        fit_readout(shared_model, [*some_pairs(12), pair("a" * 9000, "b")], max_completion_length=None)
