@@ -36,6 +36,9 @@ from llmdoctor.files import digest, sha256_file
 if TYPE_CHECKING:
     from llmdoctor.data.prompts import Prompt
     from llmdoctor.decoding.engine import GuidedDecoder
+    from llmdoctor.decoding.request import Decoder
+    from llmdoctor.models.loading import LoadedModel
+    from llmdoctor.rewards.readout import Readout
 
 _Prompt = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="One prompt, answered to the terminal as it comes.")
@@ -57,6 +60,15 @@ _Output = Annotated[
         help="Where the answers to --prompts go, a JSON object a line, in the order of the prompts.",
     ),
 ]
+_BestOf = Annotated[
+    int,
+    typer.Option(
+        "--best-of", metavar="N", help="Draw N answers to each prompt and keep the one that --readout likes best."
+    ),
+]
+_Readout = Annotated[
+    Path | None, typer.Option("--readout", metavar="FOLDER", help="The judge of --best-of, from `llmdoctor readout`.")
+]
 
 
 @command
@@ -76,6 +88,8 @@ def generate(
     alpha: Alpha = 1.0,
     sampling: Annotated[dict[str, Any], SAMPLING],
     stop: Stop = [],  # noqa: B006
+    best_of: _BestOf = 1,
+    readout: _Readout = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts decoded together.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -88,6 +102,8 @@ def generate(
     Example: llmdoctor generate "How was your day?" --doctor runs/doctor=1.5
 
     Example: llmdoctor generate --prompts my-prompts.txt -o answers.jsonl --doctor runs/doctor
+
+    Example: llmdoctor generate "How was your day?" --doctor runs/doctor=0.5 --best-of 8 --readout runs/readout
     """
     if (prompt is None) == (prompts is None):
         raise UserError("give either one PROMPT or --prompts FILE")
@@ -95,6 +111,8 @@ def generate(
         raise UserError("--prompts and --output belong together")
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty")
+    if best_of < 1 or (best_of > 1) != (readout is not None):
+        raise UserError(f"--best-of above 1 and --readout belong together, got --best-of {best_of}")
     params = SamplingParams(**sampling, stop=tuple(stop))
     arguments = [DoctorArgument.parse(text) for text in doctor]
     questions = _questions(prompts, limit) if prompts else []
@@ -106,16 +124,20 @@ def generate(
     from llmdoctor.decoding.engine import GuidedDecoder
 
     decoder = GuidedDecoder(model, guides, max_batch_size=batch_size)
+    judge = _judge(readout, model)
     if prompt is not None:
-        _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params))
+        _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params), judge, best_of)
         return
     mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
+    if judge is not None:
+        mixture |= {"best_of": best_of, "readout": digest(judge.weights.tolist())}
     recipe = _recipe(model.fingerprint, model.spec, questions, arguments, mixture, sampling | {"stop": stop})
     requests = [
         Request(_with_system(question, system), alpha, betas, _seeded(params, question.id), question.id)
         for question in questions
     ]
-    _answer_all(run, decoder, requests, ResultFile(output or Path(), recipe, overwrite=overwrite))
+    drawing = decoder if judge is None else _best_of(decoder, judge, best_of)
+    _answer_all(run, drawing, requests, ResultFile(output or Path(), recipe, overwrite=overwrite))
 
 
 def show_stream(pieces: Iterator[str]) -> Completion:
@@ -133,6 +155,20 @@ def show_stream(pieces: Iterator[str]) -> Completion:
 def printable(text: str) -> str:
     """Text without characters that a terminal would obey."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def _judge(folder: Path | None, patient: LoadedModel) -> Readout | None:
+    if folder is None:
+        return None
+    from llmdoctor.rewards.readout import Readout
+
+    return Readout.from_pretrained(folder, patient)
+
+
+def _best_of(decoder: Decoder, judge: Readout, count: int) -> Decoder:
+    from llmdoctor.baselines.best_of_n import BestOfN
+
+    return BestOfN(decoder, judge, count)
 
 
 def _questions(source: str, limit: int | None) -> list[Prompt]:
@@ -189,15 +225,19 @@ def _weights(argument: DoctorArgument) -> list[str]:
     return [sha256_file(path) for path in files if path.parent.name in ("adapter", "model")]
 
 
-def _answer_one(run: Run, decoder: GuidedDecoder, request: Request) -> None:
+def _answer_one(run: Run, decoder: GuidedDecoder, request: Request, judge: Readout | None, best_of: int) -> None:
     run.kept = "One answer is not kept anywhere."
-    completion = show_stream(decoder.stream(request))
+    if judge is None:
+        completion = show_stream(decoder.stream(request))
+    else:
+        completion = _best_of(decoder, judge, best_of).generate([request])[0]
+        typer.echo(printable(completion.text))
     if completion.finish_reason == "error":
         raise UserError("a model gave no distribution to draw from (not a number); the answer ends there")
     run.progress.say(f"{len(completion.token_ids)} tokens, ended by {completion.finish_reason}")
 
 
-def _answer_all(run: Run, decoder: GuidedDecoder, requests: Sequence[Request], results: ResultFile) -> None:
+def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results: ResultFile) -> None:
     if results.finished:
         run.say(f"{results.target} is finished already; --overwrite makes it anew")
         return
@@ -228,6 +268,7 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         "seed": request.sampling.seed,
         "alpha": request.alpha,
         "betas": dict(request.betas),
-        # One sample of KL(guided ‖ patient) in nats: its mean over rows estimates the divergence a response.
-        "kl_estimate": sum(shift),
+        # One sample of KL(guided ‖ patient) in nats: its mean over rows estimates the divergence a response, or bounds
+        # it where this is the best of several.
+        "kl_estimate": sum(shift) if completion.kl_bound is None else completion.kl_bound,
     }

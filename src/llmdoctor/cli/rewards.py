@@ -26,7 +26,7 @@ from llmdoctor.cli.options import (
 if TYPE_CHECKING:
     from llmdoctor.data.preferences import PreferenceSource
 
-_Pairs = Annotated[
+PairsOption = Annotated[
     str,
     typer.Option(
         "--pairs",
@@ -44,7 +44,7 @@ _Faces = Annotated[
         "concise, or one of --faces-file.",
     ),
 ]
-_SourceFormat = Annotated[
+SourceFormat = Annotated[
     str,
     typer.Option(
         "--format",
@@ -52,8 +52,8 @@ _SourceFormat = Annotated[
         rich_help_panel="Data",
     ),
 ]
-_Split = Annotated[str, typer.Option("--split", help="Part of a hub data set or folder.", rich_help_panel="Data")]
-_Dimension = Annotated[
+SplitOption = Annotated[str, typer.Option("--split", help="Part of a hub data set or folder.", rich_help_panel="Data")]
+DimensionOption = Annotated[
     str | None,
     typer.Option(
         "--dimension",
@@ -62,6 +62,7 @@ _Dimension = Annotated[
         rich_help_panel="Data",
     ),
 ]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="At most so many pairs.", rich_help_panel="Data")]
 _Rescore = Annotated[
     bool,
     typer.Option(
@@ -78,16 +79,16 @@ _ScoringOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.rewards.acquire"
 def rewards(
     run: Run,
     *,
-    pairs: _Pairs,
+    pairs: PairsOption,
     faces: _Faces,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder of the token rewards.")],
     patient: Patient = DEFAULT_PATIENT,
     faces_file: FacesFile = None,
     paraphrase: Paraphrase = 1,
-    source_format: _SourceFormat = "auto",
-    split: _Split = "train",
-    dimension: _Dimension = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="At most so many pairs.", rich_help_panel="Data")] = None,
+    source_format: SourceFormat = "auto",
+    split: SplitOption = "train",
+    dimension: DimensionOption = None,
+    limit: LimitOption = None,
     reward_options: Annotated[dict[str, Any], FieldsOf("llmdoctor.rewards.acquire", "RewardOptions", panel="Rewards")],
     rescore: _Rescore = False,
     scoring_options: _ScoringOptions,
@@ -106,7 +107,7 @@ def rewards(
     from llmdoctor.data.preferences import load_preferences
 
     source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
-    total = _count(run, source)
+    total = count_pairs(run, source)
     from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards
 
     scoring, rewarding = ScoringOptions(**scoring_options), RewardOptions(**reward_options)
@@ -131,7 +132,7 @@ def rewards(
     next_command(run, "train", "--rewards", output, "-o", "runs/doctor")
 
 
-def _count(run: Run, source: PreferenceSource) -> int | None:
+def count_pairs(run: Run, source: PreferenceSource) -> int | None:
     """The number of pairs, for the time left; a bad line is found here, before hours of work. None: not known."""
     if not (Path(source.name).expanduser().exists() or source.name.startswith("builtin:")):
         return None

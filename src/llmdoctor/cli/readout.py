@@ -1,0 +1,80 @@
+"""`llmdoctor readout`: preference pairs to a judge in the patient's own states."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmdoctor.cli.command import Run, command
+from llmdoctor.cli.options import (
+    DEFAULT_PATIENT,
+    Device,
+    Dtype,
+    Overwrite,
+    Patient,
+    TrustRemoteCode,
+    load,
+    next_command,
+)
+from llmdoctor.cli.rewards import DimensionOption, LimitOption, PairsOption, SourceFormat, SplitOption, count_pairs
+from llmdoctor.errors import UserError
+
+
+@command
+def readout(
+    run: Run,
+    *,
+    pairs: PairsOption,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder of the read-out.")],
+    overwrite: Overwrite = False,
+    patient: Patient = DEFAULT_PATIENT,
+    source_format: SourceFormat = "auto",
+    split: SplitOption = "train",
+    dimension: DimensionOption = None,
+    limit: LimitOption = None,
+    folds: Annotated[int, typer.Option("--folds", help="Parts of the pairs, each left out of a fit once.")] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Fit a linear read-out of the patient's states to preference pairs: a judge for `generate --best-of`.
+
+    The frozen patient reads every answer once; layer and ridge are those that do best on pairs left out.
+
+    Example: llmdoctor readout --pairs my-pairs.jsonl -o runs/readout
+    """
+    from llmdoctor.data.preferences import load_preferences
+
+    source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
+    total = count_pairs(run, source)
+    from llmdoctor.evaluation.formatting import count, duration, percent
+    from llmdoctor.rewards.readout import fit_readout
+
+    _check_folder(output, overwrite)
+    model = load(run, patient, dtype, device, trust_remote_code)
+    run.kept = "Nothing is kept of a read-out that was cut."
+    start = time.perf_counter()
+    with run.progress.step("reading", total, "pairs") as step:
+        found = fit_readout(model, source, folds=folds, progress=step.advance)
+    found.save_pretrained(output)
+    run.say(
+        f"{count(found.fit.pairs)} pairs, layer {found.fit.layer}, {percent(found.fit.accuracy, 1)} of the pairs left "
+        f"out are ranked right, {duration(time.perf_counter() - start)}"
+    )
+    run.say(f"the read-out is in {output}")
+    next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """The folder is replaced as a whole, so nothing else may be in it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder for the read-out")
+    if any(folder.iterdir()) and not (folder / "readout.json").is_file():
+        raise UserError(f"{folder} holds something else than a read-out; give the read-out a folder of its own")
+    if (folder / "readout.json").is_file() and not overwrite:
+        raise UserError(f"{folder} holds a read-out already; give another folder, or --overwrite")
