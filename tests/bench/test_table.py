@@ -173,6 +173,11 @@ def test_figures_of_a_point_by_hand() -> None:
     assert found["perplexity"] == pytest.approx(math.e)
     assert (found["tokens_per_second"], found["guide_forwards_per_token"]) == (8.0, 0.75)
     assert (found["prompts"], found["seeds"]) == (2, 2)
+    assert found["self_bleu_within"] == pytest.approx(sum(map(self_bleu, texts.values())) / 2)
+    assert found["pairwise_distance"] is None
+    # The two answers to a prompt lie at a right angle.
+    angled = made.figures(lambda given: [[float(text[0] == "a"), float(text[0] != "a")] for text in given])
+    assert angled["pairwise_distance"] == pytest.approx(1.0)
     part = made.only(["p1"])
     assert (part.score, part.seconds, part.seeds) == (4.5, 1.0, 2)
 

@@ -13,14 +13,19 @@ from typing import Any, TypedDict
 from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import Contender, Setting
 from llmdoctor.evaluation.arena import score_interval
-from llmdoctor.evaluation.diversity import self_bleu
+from llmdoctor.evaluation.diversity import diversity, self_bleu
+from llmdoctor.evaluation.embedders import Embedder
 from llmdoctor.evaluation.metrics import distinct_n
 
 SELF_BLEU_REFERENCES = 32
 
 
 class Figures(TypedDict):
-    """One row of `frontier.json`."""
+    """One row of `frontier.json`.
+
+    `self_bleu_within` and `pairwise_distance` (1 − cosine, where an embedder is given) compare the answers to one
+    prompt, one a seed; None where there is one seed only.
+    """
 
     task: str
     method: str
@@ -36,6 +41,8 @@ class Figures(TypedDict):
     distinct_3: float
     distinct_4: float
     self_bleu: float
+    self_bleu_within: float | None
+    pairwise_distance: float | None
     perplexity: float
     tokens_per_second: float
     patient_forwards_per_token: float
@@ -96,11 +103,12 @@ class Point:
             self.seconds * len(prompts) / len(self.answers),
         )  # fmt: skip
 
-    def figures(self) -> Figures:
-        """All that a frontier plots."""
+    def figures(self, embedder: Embedder | None = None) -> Figures:
+        """All that a frontier plots; the embedder, if any, measures how far apart the answers to a prompt are."""
         score, kl = score_interval(self.scores), score_interval(self.kls)
         flat = [answer for row in self.answers.values() for answer in row]
         tokens = max(1, sum(answer.tokens for answer in flat))
+        within = diversity([[answer.text for answer in row] for row in self.answers.values()], embedder)
         return {
             "task": self.task,
             "method": self.contender.name,
@@ -116,6 +124,8 @@ class Point:
             "distinct_3": self._over_seeds(lambda texts: distinct_n(texts, 3)),
             "distinct_4": self.distinct_4,
             "self_bleu": self._over_seeds(lambda texts: self_bleu(texts, references=SELF_BLEU_REFERENCES)),
+            "self_bleu_within": within.self_bleu_within,
+            "pairwise_distance": within.pairwise_distance,
             "perplexity": self.perplexity,
             "tokens_per_second": tokens / self.seconds,
             "patient_forwards_per_token": sum(answer.patient_forwards for answer in flat) / tokens,

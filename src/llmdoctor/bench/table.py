@@ -12,6 +12,7 @@ from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Figures, Point
 from llmdoctor.evaluation.arena import matchup_from_outcomes
+from llmdoctor.evaluation.embedders import Embedder
 from llmdoctor.evaluation.equal_kl import equal_kl_mixture
 from llmdoctor.evaluation.metrics import distinct_n
 from llmdoctor.evaluation.ranking import bradley_terry
@@ -88,13 +89,14 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def make_frontier(arena: Arena, names: Sequence[str] = ()) -> list[Figures]:
+def make_frontier(arena: Arena, names: Sequence[str] = (), embedder: Embedder | None = None) -> list[Figures]:
     """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows."""
     chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
     arena.decode(chosen)
     for task in arena.tasks:
         arena.announce_scores(task, chosen)
-    rows = [point.figures() for task in arena.tasks for contender in chosen for point in arena.points(task, contender)]
+    points = [point for task in arena.tasks for contender in chosen for point in arena.points(task, contender)]
+    rows = [point.figures(embedder) for point in points]
     arena.write("frontier.json", rows)
     return rows
 

@@ -48,6 +48,13 @@ _Pairs = Annotated[
 _Faces = Annotated[
     str | None, typer.Option("--faces", metavar="DIMENSION", help="Faces that read your pairs, such as helpful.")
 ]
+_Embedder = Annotated[
+    str | None,
+    typer.Option(
+        "--embedder", metavar="NAME", help="Also say how far apart the answers to one prompt are, one a seed: a "
+        "sentence-transformers model, or your own as package.module:function.",
+    ),
+]  # fmt: skip
 _Judge = Annotated[
     str | None,
     typer.Option(
@@ -163,6 +170,7 @@ def frontier(
     faces: _Faces = None,
     judge: _Judge = None,
     size: _Size,
+    embedder: _Embedder = None,
     chat: JudgeFlags,
     yes: Yes = False,
 ) -> None:
@@ -171,10 +179,12 @@ def frontier(
     Example: llmdoctor bench frontier --quick
     """
     from llmdoctor.bench.table import make_frontier
+    from llmdoctor.evaluation.embedders import get_embedder
 
     names = _known_methods(method)
+    embed = get_embedder(embedder) if embedder else None
     with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
-        rows = make_frontier(arena, names)
+        rows = make_frontier(arena, names, embed)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     show_rows(run, rows, ("task", "method", "setting"), figures)
     show_done(run, output, "frontier.json", quick)
