@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.tiny import pair, some_pairs
 from torch.nn.functional import softplus
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -17,6 +19,7 @@ from llmdoctor.rewards.readout import (
     Readout,
     ReadoutFit,
     _pooled,
+    _states,
     fit_bradley_terry,
     fit_readout,
     left_out_margins,
@@ -138,3 +141,35 @@ def test_bad_input(shared_model: LoadedModel) -> None:
         fit_readout(shared_model, some_pairs(12), layers=[1, 3])
     with pytest.raises(UserError, match=r"tokens do not fit into the context of \d+"):
         fit_readout(shared_model, [*some_pairs(12), pair("a" * 9000, "b")], max_completion_length=None)
+
+
+def test_no_layer_above_the_wanted_one_runs(
+    shared_model: LoadedModel, rows: list[tuple[list[int], list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def counted(number: int, forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            ran.append(number)
+            return forward(*args, **kwargs)
+
+        return run
+
+    for number, block in enumerate(shared_model.model.get_decoder().layers):
+        monkeypatch.setattr(block, "forward", counted(number, block.forward))
+    _pooled(shared_model, rows, [1])
+    assert set(ran) == {0}
+    assert not any(module._forward_pre_hooks for module in shared_model.model.modules())
+
+
+def test_a_model_of_another_family_is_read_alike() -> None:
+    """GPT-2 keeps its layers under another name and learns its positions."""
+    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, n_positions=64)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        expected = model.transformer(**inputs, output_hidden_states=True).hidden_states
+        found = _states(model.transformer, config, {**inputs, "use_cache": False}, [0, 2, 3])
+    for layer, state in zip([0, 2, 3], found, strict=True):
+        torch.testing.assert_close(state, expected[layer])

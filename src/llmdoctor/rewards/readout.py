@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.preferences import PreferencePair
@@ -310,11 +310,41 @@ def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], lay
             mask[row, : end - width] = 1
         ids, seen, mask = ids.to(device), seen.to(device), mask.to(device)
         with torch.inference_mode():
-            states = decoder(
-                input_ids=ids, attention_mask=seen, position_ids=position_ids(seen), use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states  # fmt: skip
-            yield places, [states[layer][:, width:] for layer in layers], mask
+            inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": position_ids(seen), "use_cache": False}
+            states = _states(decoder, patient.model.config, inputs, layers)
+            yield places, [layer[:, width:] for layer in states], mask
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass when all that is wanted of it is there."""
+
+
+def _states(decoder: Any, config: Any, inputs: dict[str, Any], layers: Sequence[int]) -> list[Tensor]:
+    """What layers 1 … k of the decoder make of the inputs, [B, T, D] for each k; no layer above the last runs."""
+    depth = int(config.get_text_config().num_hidden_layers)
+    blocks = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+    if blocks is None:
+        raise UserError(f"{type(decoder).__name__} has no list of {depth} layers, so its states cannot be read")
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[layer] = args[0] if args else kwargs["hidden_states"]
+            if len(found) == len(set(layers)):
+                raise _Enough
+
+        return hook
+
+    # What layer k made is what the next one reads. The topmost is read at the end, normed as the head sees it.
+    hooks = [blocks[k].register_forward_pre_hook(keep(k), with_kwargs=True) for k in set(layers) if k < depth]
+    try:
+        found[depth] = decoder(**inputs).last_hidden_state
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[layer] for layer in layers]
 
 
 def _relevant(fingerprint: Mapping[str, str]) -> dict[str, str]:
