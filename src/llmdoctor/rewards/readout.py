@@ -7,8 +7,8 @@ Bradley-Terry model, P(y⁺ above y⁻) = σ(R(x, y⁺) − R(x, y⁻)), with a 
 those with the lowest loss on pairs left out. A token's part of R is a dense token reward.
 
 Sources: Bradley & Terry (1952); Alain & Bengio, "Understanding intermediate layers using linear classifier probes"
-(arXiv 1610.01644). That the patient's states judge as well as a reward model trained on the same pairs is this project's
-measurement (docs/research/2026-11-25-readout.md).
+(arXiv 1610.01644). That the patient's states judge as well as a reward model trained on the same pairs is measured in
+docs/research/2026-11-25-readout.md.
 Shapes: N pairs, L completion tokens, D hidden size, K layers (0 is the embeddings).
 """
 
