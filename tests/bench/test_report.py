@@ -107,6 +107,8 @@ def frontier_rows():
                         "distinct_3": 0.95,
                         "distinct_4": distinct,
                         "self_bleu": 0.2,
+                        "self_bleu_within": 0.3 if task == "sentiment" else None,
+                        "pairwise_distance": None,
                         "perplexity": 20.0 - kl / 3,
                         "tokens_per_second": 410.0 if method == "patient" else 205.5,
                         "patient_forwards_per_token": float(knob) if method == "best_of_n" else 1.0,
