@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_a_real_interrupt(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     os.mkfifo(prompts)
     command = [*ENTRY, "pairs", "--prompts", str(prompts), "-o", str(tmp_path / "pairs.jsonl")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background makes them, and all that they start, ignore Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     with prompts.open("w"):
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
