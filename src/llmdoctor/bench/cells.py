@@ -171,10 +171,7 @@ class Cells:
             [answer.text for answer in answers],
             complete=[answer.finish == "stop" for answer in answers],
         )
-        finite_rewards(
-            f"{task.name}: the {judged_by} of seed {seed}",
-            rewards,
-        )
+        finite_rewards(f"{task.name}: the {judged_by} of seed {seed}", rewards)
         seconds = time.perf_counter() - start + samples.seconds * n / SAMPLES
         by_prompt: dict[str, list[tuple[float, Answer]]] = {}
         for reward, answer in zip(rewards, answers, strict=True):
@@ -195,7 +192,7 @@ class Cells:
 
     @staticmethod
     def _encoder(decoder: Any) -> ChatEncoder:
-        """That of the decoder that draws, however many wrappers choose among its answers."""
+        """That of the decoder that draws; best-of-n only chooses among its answers."""
         drawing: Any = decoder.inner if isinstance(decoder, BestOfN) else decoder
         encoder: ChatEncoder = drawing.encoder
         return encoder

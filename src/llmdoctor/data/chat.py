@@ -96,6 +96,16 @@ class ChatEncoder:
             return Completion(ids[:max_length], terminal=False)
         return Completion(ids, terminal=complete)
 
+    def answered(
+        self, prompts: Sequence[Sequence[Mapping[str, Any]]], texts: Sequence[str], complete: bool | Sequence[bool]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Ids of each prompt and of its answer; `complete` says, for all or for each, whether answers end there."""
+        ends = [complete] * len(texts) if isinstance(complete, bool) else complete
+        return [
+            (self.prompt_ids(prompt), self.completion(text, end).ids)
+            for prompt, text, end in zip(prompts, texts, ends, strict=True)
+        ]
+
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text in which no control token is recognised."""
         ids: list[int] = []

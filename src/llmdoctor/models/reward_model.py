@@ -146,9 +146,8 @@ class RewardModel:
         Raises:
             UserError: an answer that does not fit into the model's context.
         """
-        ends = [complete] * len(texts) if isinstance(complete, bool) else list(complete)
-        ids = [self.encoder.completion(text, end).ids for text, end in zip(texts, ends, strict=True)]
-        return self.score_ids([self.encoder.prompt_ids(prompt) for prompt in prompts], ids)
+        rows = self.encoder.answered(prompts, texts, complete)
+        return self.score_ids([prompt for prompt, _ in rows], [ids for _, ids in rows])
 
     def score_ids(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         """The reward at the last token of each completion (of its prompt where it is empty), batched by length.

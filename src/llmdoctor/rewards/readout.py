@@ -93,11 +93,7 @@ class Readout:
         Raises:
             UserError: an answer that does not fit into the patient's context.
         """
-        ends = [complete] * len(texts) if isinstance(complete, bool) else list(complete)
-        rows = [
-            (self.encoder.prompt_ids(prompt), self.encoder.completion(text, end).ids)
-            for prompt, text, end in zip(prompts, texts, ends, strict=True)
-        ]
+        rows = self.encoder.answered(prompts, texts, complete)
         return [float(states[0] @ self.weights) for states in _pooled(self.patient, rows, [self.fit.layer])]
 
     def token_rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[Tensor]:
