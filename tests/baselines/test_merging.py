@@ -96,7 +96,8 @@ def test_mod_draws_from_the_normalised_geometric_mixture(tiny_folder: Path, doct
     prompt = GuidedDecoder(patient).encoder.prompt_ids(request.messages)
     ids = torch.tensor([[*prompt, *done.token_ids]])
     with torch.no_grad():
-        logits = [guide.model.model(input_ids=ids).logits[0].double() for guide in guides]
+        plain = [Doctor.from_pretrained(folder, base=load(tiny_folder)).merged().model for folder in doctors]
+        logits = [model(input_ids=ids).logits[0].double() for model in plain]
     mixed = sum(w * one.log_softmax(-1) for w, one in zip(weights.values(), logits, strict=True)).log_softmax(-1)
     expected = [float(mixed[len(prompt) - 1 + t, token]) for t, token in enumerate(done.token_ids)]
     assert done.logps == pytest.approx(expected, abs=1e-4)

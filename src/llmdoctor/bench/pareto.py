@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -168,8 +168,7 @@ def _contenders(arena: Arena, strengths: Sequence[float]) -> list[Contender]:
             patient = kits[0].patient
             guides = []
             for own in kits:
-                guide = own.guide(kind, seed, "ratio")
-                guides.append(Guide(own.task.name, guide.model, guide.reference))
+                guides.append(replace(own.guide(kind, seed, "ratio"), name=own.task.name))
             betas = dict(zip((own.task.name for own in kits), _weights(setting), strict=True))
             return _built(patient, guides, betas, arena)
 

@@ -46,6 +46,24 @@ class InPlaceLayer(DynamicLayer):
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
+    def join(self, other: InPlaceLayer, voices: int, room: int) -> None:
+        """Append the rows of `other` to each of the `voices` that the rows are of; the last columns stand in line.
+
+        `room` more tokens fit afterwards.
+        """
+        width = max(self.keys.shape[-2], other.keys.shape[-2])
+        grown = []
+        for own, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            # Zeros, not whatever memory held: what a row does not see is still multiplied, by weights of zero.
+            counts = len(own) // voices, len(theirs) // voices
+            buffer = own.new_zeros(voices, sum(counts), own.shape[1], width + room, own.shape[3])
+            buffer[:, : counts[0], :, width - own.shape[-2] : width] = own.unflatten(0, (voices, -1))
+            buffer[:, counts[0] :, :, width - theirs.shape[-2] : width] = theirs.unflatten(0, (voices, -1))
+            grown.append(buffer.flatten(0, 1))
+        self._room = room
+        self._buffers = (grown[0], grown[1])
+        self.keys, self.values = (buffer[:, :, :width] for buffer in grown)
+
     def pick(self, start: int, choice: Tensor) -> None:
         """Of the columns from `start` on, keep one in each row: `start + choice` [B]."""
         assert self._buffers is not None

@@ -6,6 +6,7 @@ Shapes: B rows alive, V vocabulary, D guides. Every model keeps its own cache an
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class GuidedDecoder:
                 raise UserError(
                     f"the guide {guide.name} ({guide.model.spec}) does not share {patient.spec}'s vocabulary"
                 )
-        self.lanes, self._guide_lanes, self._reference_lanes = lanes_of(patient, list(guides))
+        self.lanes, self._guide_voices, self._reference_voices = lanes_of(patient, list(guides))
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
         self.context = min(context_of(lane.model) for lane in self.lanes)
@@ -100,39 +101,47 @@ class GuidedDecoder:
         if not rows:
             return
         guided = any(beta != 0 for row in rows for beta in row.request.betas.values())
-        used = sorted({0, *self._guide_lanes, *(i for i in self._reference_lanes if i is not None)}) if guided else [0]
+        specs = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
         room = max(min(row.request.sampling.max_new_tokens, row.room) for row in rows)
-        lanes = {index: Lane(self.lanes[index], [row.prompts[index] for row in rows], room) for index in used}
+        lanes = [Lane(spec, [row.prompts[index] for row in rows], room) for index, spec in enumerate(specs)]
+        guide_forwards = sum(len(spec.voices) for spec in specs) - 1
         controls = Controls(rows, self.names, lanes[0].device, lanes[0].width)
-        logits = {index: lane.prefill() for index, lane in lanes.items()}
+        logits = [lane.prefill().unflatten(0, (-1, len(rows))) for lane in lanes]
         while True:
             tokens = self._draw(rows, logits, controls, guided)
             finished = [row for row in rows if row.done and not row.reported]
             for row in finished:
                 row.reported = True
                 row.completion.patient_forwards = len(row.completion.token_ids)
-                row.completion.guide_forwards = (len(used) - 1) * len(row.completion.token_ids)
+                row.completion.guide_forwards = guide_forwards * len(row.completion.token_ids)
             yield finished
             keep = [place for place, row in enumerate(rows) if not row.done]
             if not keep:
                 return
             if len(keep) <= _COMPACT_BELOW * len(rows):
                 rows = [rows[place] for place in keep]
-                for lane in lanes.values():
+                for lane in lanes:
                     lane.keep(keep)
                 controls.keep(keep)
                 tokens = tokens[keep]
-            logits = {index: lane.step(tokens) for index, lane in lanes.items()}
+            logits = [lane.step(tokens).unflatten(0, (-1, len(rows))) for lane in lanes]
 
-    def _draw(self, rows: list[Row], logits: dict[int, Tensor], controls: Controls, guided: bool) -> Tensor:
-        """Draw one token for every row from the guided distribution, and book it. Returns [B]."""
-        width = min(tensor.shape[-1] for tensor in logits.values())
-        logits = {index: tensor[:, :width].to(logits[0].device) for index, tensor in logits.items()}
+    def _draw(self, rows: list[Row], logits: list[Tensor], controls: Controls, guided: bool) -> Tensor:
+        """Draw one token for every row from the guided distribution, and book it. Returns [B].
+
+        Args:
+            rows: B rows.
+            logits: of each lane, [M, B, V] by its voices.
+            controls: of the rows.
+            guided: whether any row has a guide.
+        """
+        width = min(tensor.shape[-1] for tensor in logits)
+        logits = [tensor[..., :width].to(logits[0].device) for tensor in logits]
         size = len(rows) if logits[0].device.type != "cpu" else _CPU_BLOCK
         tokens = [
             self._draw_block(
                 rows[start : start + size],
-                {index: tensor[start : start + size] for index, tensor in logits.items()},
+                [tensor[:, start : start + size] for tensor in logits],
                 controls.block(start, start + size),
                 guided,
             )
@@ -140,11 +149,13 @@ class GuidedDecoder:
         ]
         return torch.cat(tokens)
 
-    def _draw_block(self, rows: list[Row], logits: dict[int, Tensor], controls: Controls, guided: bool) -> Tensor:
-        width = logits[0].shape[-1]
-        patient = logits[0].float()
-        guides = [logits[lane] for lane in self._guide_lanes] if guided else []
-        references = [None if lane is None else logits[lane] for lane in self._reference_lanes] if guided else None
+    def _draw_block(self, rows: list[Row], logits: list[Tensor], controls: Controls, guided: bool) -> Tensor:
+        patient = logits[0][0].float()
+        width = patient.shape[-1]
+        guides, references = [], None
+        if guided:
+            guides = [logits[lane][voice] for lane, voice in self._guide_voices]
+            references = [None if at is None else logits[at[0]][at[1]] for at in self._reference_voices]
         raw = guided_scores(patient, guides, controls.alpha, controls.betas, references)
         # The maximum of a row with a NaN is NaN, so this also finds rows in which a model broke.
         broken = (~raw.amax(-1).isfinite()).tolist()

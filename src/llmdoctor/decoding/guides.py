@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding.adapter import Adapter
+from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import Doctor, DoctorConfig, local_folder
+from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, check_doctor, local_folder
 from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
 from llmdoctor.models.logps import LogitsHead
 
@@ -21,16 +23,19 @@ class Guide:
 
     Attributes:
         name: by which requests give it a β.
-        model: the guiding LM, adapters merged.
+        model: the guiding LM, adapters merged; where `adapter` is given, the model that it is on.
         reference: subtracted from it (the ratio form): a model, the string "patient" where the doctor's base is the
             patient itself (then it costs no forward pass), or None for the product form.
         system: a system prompt that the guide alone sees.
+        adapter: the guide is `model` with this on it. On the patient's own model, patient and guide are then run in
+            one pass over one copy of the weights.
     """
 
     name: str
     model: LoadedModel
     reference: LoadedModel | Literal["patient"] | None = None
     system: str | None = None
+    adapter: Adapter | None = None
 
 
 def load_guide(
@@ -68,43 +73,65 @@ def load_guide(
     on_patient = config.base_fingerprint.get("model") == patient.fingerprint.get("model")
     # The same weights under another name will do: the recorded base may be a folder of another machine.
     spec = patient.spec if on_patient else config.base
-    base = load_model(spec, **options) if config.lora else None
-    doctor = Doctor.from_pretrained(folder, base=base, **options)
+    name = name or config.dimension or Path(path).name
     reference: LoadedModel | Literal["patient"] | None = None
+    if config.lora:
+        # One copy of the base serves the doctor, its reference and, where it is the same, the patient.
+        base = patient if on_patient else load_model(spec, **options)
+        check_doctor(folder, config, base)
+        adapter = None
+        if network_of(base.model.get_decoder()) is not None:
+            adapter = Adapter.load(folder / ADAPTER_FOLDER, base.model)
+        if adapter is not None:
+            if form == "ratio":
+                reference = "patient" if on_patient else base
+            return Guide(name, base, reference, adapter=adapter)
+    own = load_model(spec, **options) if config.lora else None
+    doctor = Doctor.from_pretrained(folder, base=own, **options)
     if form == "ratio":
         reference = "patient" if on_patient else load_model(spec, **options)
-    return Guide(name or config.dimension or Path(path).name, doctor.merged(), reference)
+    return Guide(name, doctor.merged(), reference)
 
 
 @dataclass
 class LaneSpec:
-    """One model that runs at every position, and how it reads a conversation."""
+    """One model that runs at every position, how it reads a conversation, and the voices it has there."""
 
     model: Any
     encoder: ChatEncoder
     head: LogitsHead
     system: str | None = None
+    voices: list[Adapter | None] = field(default_factory=lambda: [None])
 
 
-def lanes_of(patient: LoadedModel, guides: list[Guide]) -> tuple[list[LaneSpec], list[int], list[int | None]]:
-    """The models to run (the patient first), and for each guide the lanes of its model and of its reference."""
+Voice = tuple[int, int]
+"""A lane's number and the number of a voice in it."""
+
+
+def lanes_of(patient: LoadedModel, guides: list[Guide]) -> tuple[list[LaneSpec], list[Voice], list[Voice | None]]:
+    """The models to run (the patient first), and for each guide the voices of itself and of its reference.
+
+    The patient's own voice is the first of the first lane.
+    """
     lanes: list[LaneSpec] = []
 
-    def lane(loaded: LoadedModel, system: str | None) -> int:
+    def voice(loaded: LoadedModel, system: str | None, adapter: Adapter | None = None) -> Voice:
         for index, known in enumerate(lanes):
             if known.model is loaded.model and known.system == system:
-                return index
+                if not any(adapter is heard for heard in known.voices):
+                    known.voices.append(adapter)
+                return index, next(place for place, heard in enumerate(known.voices) if heard is adapter)
         encoder = ChatEncoder.for_model(loaded.model, loaded.tokenizer)
-        lanes.append(LaneSpec(loaded.model, encoder, LogitsHead.for_model(loaded.model), system))
-        return len(lanes) - 1
+        lanes.append(LaneSpec(loaded.model, encoder, LogitsHead.for_model(loaded.model), system, [adapter]))
+        return len(lanes) - 1, 0
 
-    lane(patient, None)
-    guide_lanes = [lane(guide.model, guide.system) for guide in guides]
-    reference_lanes: list[int | None] = []
+    voice(patient, None)
+    guide_voices = [voice(guide.model, guide.system, guide.adapter) for guide in guides]
+    references: list[Voice | None] = []
     for guide in guides:
         if guide.reference is None:
-            reference_lanes.append(None)
+            references.append(None)
         else:
             # Under a system prompt of the guide's own, its reference is not what the patient says without it.
-            reference_lanes.append(lane(patient if guide.reference == "patient" else guide.reference, guide.system))
-    return lanes, guide_lanes, reference_lanes
+            references.append(voice(patient if guide.reference == "patient" else guide.reference, guide.system))
+    return lanes, guide_voices, references

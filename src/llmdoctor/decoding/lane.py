@@ -1,6 +1,7 @@
 """One model with its cache over the rows alive.
 
-Shapes: B rows, T columns of the cache, P columns of the prompts, K tokens side by side, D hidden size, V vocabulary.
+Shapes: B rows, M voices (the model itself, or an adapter on it), T columns of the cache, P columns of the prompts, K
+tokens side by side, D hidden size, V vocabulary. What is [M·B, …] has the rows of the first voice first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
 from llmdoctor.decoding.guides import LaneSpec
+from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
 from llmdoctor.models.logps import position_ids
 
@@ -22,9 +24,10 @@ _PACK_SLACK = 32
 
 
 class Lane:
-    """One model with its cache over the rows alive.
+    """One model with its cache over the rows alive, in all its voices at once.
 
-    Rows need not be in step: a row may sit a step out, and columns may be erased from a row again.
+    Rows need not be in step: a row may sit a step out, and columns may be erased from a row again. Layers below the
+    first that an adapter changes are run, and cached, once for all voices.
 
     Args:
         spec: the model; its head makes the outputs, logits as a rule.
@@ -35,7 +38,13 @@ class Lane:
     def __init__(self, spec: LaneSpec, prompts: list[list[int]], room: int) -> None:
         self._spec = spec
         self._decoder = spec.model.get_decoder()
+        self._network = network_of(self._decoder)
         self._head = spec.head
+        self._voices = spec.voices
+        adapters = [voice for voice in spec.voices if voice is not None]
+        if adapters and self._network is None:
+            raise ValueError(f"{type(spec.model).__name__} cannot be run with adapters beside it")
+        self._shared = min((adapter.first_layer for adapter in adapters), default=None)
         self.device = spec.model.get_input_embeddings().weight.device
         self._last_position = context_of(spec.model) - 1
         # Several samples of one prompt are one row until their first token.
@@ -66,20 +75,22 @@ class Lane:
         return self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
 
     def prefill(self) -> Tensor:
-        """Run the prompts; returns the logits [B, V] of each row's first token."""
+        """Run the prompts; returns the logits [M·B, V] of each row's first token."""
         return self.prefill_states()[0]
 
     def prefill_states(self) -> tuple[Tensor, Tensor]:
-        """As `prefill`, and the hidden states [B, P, D] of the prompts."""
+        """As `prefill`, and the hidden states [M·B, P, D] of the prompts."""
+        distinct = len(self._ids)
         hidden = self._forward(self._ids, position_ids(self._mask))
         logits = self._outputs(hidden)
-        if len(self._source) > len(logits):
+        if len(self._source) > distinct:
             self.keep(self._source)
-            hidden, logits = hidden[self._source], logits[self._source]
+            index = self._spread(torch.tensor(self._source, device=self.device), distinct)
+            hidden, logits = hidden[index], logits[index]
         return logits, hidden
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
-        """Append one token [B] to every row, or to the `active` [B] ones; returns the next logits [B, V].
+        """Append one token [B] to every row, or to the `active` [B] ones; returns the next logits [M·B, V].
 
         The logits of a row that sits the step out mean nothing.
         """
@@ -92,11 +103,13 @@ class Lane:
     def keep(self, places: list[int]) -> None:
         """Make the rows those at `places`, in that order; a place may be named more than once."""
         index = torch.tensor(places, device=self.device)
+        spread = self._spread(index, len(self._mask))
         self._mask = self._mask[index]
-        self._cache.batch_select_indices(index)
+        for number, layer in enumerate(self._cache.layers):
+            layer.batch_select_indices(spread if self._is_forked(number) else index)
 
     def peek(self, candidates: Tensor) -> Tensor:
-        """Hidden states [B, K, D] after each of K next tokens [B, K], in one pass: they do not see each other.
+        """Hidden states [M·B, K, D] after each of K next tokens [B, K], in one pass: they do not see each other.
 
         The candidates stay in the cache, unseen, until `accept` or `forget` is called, which must be next.
 
@@ -120,8 +133,9 @@ class Lane:
     def accept(self, choice: Tensor) -> None:
         """Append, of the candidates of the last `peek`, that at `choice` [B] in every row."""
         start = self._mask.shape[1]
-        for layer in self._cache.layers:
-            layer.pick(start, choice.to(self.device))
+        choice = choice.to(self.device)
+        for number, layer in enumerate(self._cache.layers):
+            layer.pick(start, choice.repeat(len(self._voices)) if self._is_forked(number) else choice)
         self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], dim=1)
 
     def forget(self) -> None:
@@ -129,7 +143,7 @@ class Lane:
         self._cache.crop(self._mask.shape[1] - self._cache.get_seq_length())
 
     def feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Append of K tokens [B, K] to each row those where `mask` [B, K] is 1; returns their states [B, K, D]."""
+        """Append of K tokens [B, K] to each row those where `mask` [B, K] is 1; returns their states [M·B, K, D]."""
         start = self._mask.shape[1]
         self._mask = torch.cat([self._mask, mask.to(self._mask)], dim=1)
         positions = position_ids(self._mask)[:, start:].clamp(max=self._last_position)
@@ -143,11 +157,13 @@ class Lane:
         """
         self._need_full_attention()
         index = torch.tensor(places, device=self.device)
+        spread = self._spread(index, len(self._mask))
         twin = copy.copy(self)
         twin._mask = self._mask[index]
         twin._cache = new_cache(self._spec.model.config, room)
-        for layer, own in zip(twin._cache.layers, self._cache.layers, strict=True):
-            layer.update(own.keys[index], own.values[index])
+        for number, (layer, own) in enumerate(zip(twin._cache.layers, self._cache.layers, strict=True)):
+            which = spread if self._is_forked(number) else index
+            layer.update(own.keys[which], own.values[which])
         return twin
 
     def absorb(self, fork: Lane, sources: list[int], places: list[int]) -> None:
@@ -157,11 +173,16 @@ class Lane:
         mask[places] = fork._mask[sources, start:]
         # Columns that only rows which are not absorbed have are of no use here.
         width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 0
-        for layer, theirs in zip(self._cache.layers, fork._cache.layers, strict=True):
+        into, out_of = torch.tensor(places, device=self.device), torch.tensor(sources, device=self.device)
+        spread = self._spread(into, len(self._mask)), self._spread(out_of, len(fork._mask))
+        for number, (layer, theirs) in enumerate(zip(self._cache.layers, fork._cache.layers, strict=True)):
+            forked = self._is_forked(number)
+            to, of = spread if forked else (into, out_of)
             blocks = []
             for states in (theirs.keys, theirs.values):
-                block = states.new_zeros(len(self._mask), states.shape[1], width, states.shape[3])
-                block[places] = states[sources, :, start : start + width]
+                rows = len(self._mask) * (len(self._voices) if forked else 1)
+                block = states.new_zeros(rows, states.shape[1], width, states.shape[3])
+                block[to] = states[of, :, start : start + width]
                 blocks.append(block)
             layer.update(*blocks)
         self._mask = torch.cat([self._mask, mask[:, :width]], dim=1)
@@ -186,11 +207,51 @@ class Lane:
         longest = int(lengths.max())
         # Stable: hidden columns first, then the seen ones in their order.
         order = self._mask.argsort(dim=-1, stable=True)
-        for layer in self._cache.layers:
-            layer.select_columns(order[:, count - longest :])
+        order = order[:, count - longest :]
+        for number, layer in enumerate(self._cache.layers):
+            layer.select_columns(order.repeat(len(self._voices), 1) if self._is_forked(number) else order)
         seen_before = torch.nn.functional.pad(self._mask.cumsum(-1), (1, 0))
         self._mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
         return longest - lengths[:, None] + seen_before
+
+    def join(self, other: Lane, room: int) -> None:
+        """Append the rows of `other`, a lane of the same model and voices, into which `room` more tokens fit.
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self._need_full_attention()
+        if self.has_holes:
+            self.pack()
+        width = max(self._mask.shape[1], other._mask.shape[1])
+        for number, (layer, theirs) in enumerate(zip(self._cache.layers, other._cache.layers, strict=True)):
+            layer.join(theirs, len(self._voices) if self._is_forked(number) else 1, room)
+        masks = [torch.nn.functional.pad(lane._mask, (width - lane._mask.shape[1], 0)) for lane in (self, other)]
+        self._mask = torch.cat(masks)
+
+    def truncate(self, counts: Tensor, columns: int) -> None:
+        """Of the last `columns`, let each row keep its first `counts` [B] only; what no row keeps is dropped.
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self._need_full_attention()
+        start = self._mask.shape[1] - columns
+        kept = int(counts.max())
+        if kept < columns:
+            self._cache.crop(kept - columns)
+        column = torch.arange(kept, device=self.device)
+        self._mask = torch.cat(
+            [self._mask[:, :start], self._mask[:, start : start + kept] * (column < counts.to(self.device)[:, None])], 1
+        )
+
+    def _is_forked(self, number: int) -> bool:
+        """Whether a layer is run, and cached, for each voice by itself."""
+        return self._shared is not None and number >= self._shared
+
+    def _spread(self, index: Tensor, rows: int) -> Tensor:
+        """Places among `rows` -> the places of all voices."""
+        return torch.cat([index + voice * rows for voice in range(len(self._voices))])
 
     def _need_full_attention(self) -> None:
         if not sees_everything(self._cache):
@@ -204,12 +265,11 @@ class Lane:
         return self._head.logits(hidden[:, -1].contiguous())
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = self._mask if mask is None else mask
+        if self._network is not None:
+            return self._network(ids, mask, positions, self._cache, self._voices, self._shared)
         hidden: Tensor = self._decoder(
-            input_ids=ids,
-            attention_mask=self._mask if mask is None else mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
         ).last_hidden_state
         return hidden
 

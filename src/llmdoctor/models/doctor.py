@@ -195,7 +195,7 @@ class Doctor(nn.Module):
             from peft import PeftModel
 
             base = base or load_model(config.base, **options)  # type: ignore[arg-type]
-            _check_base(folder, config, base)
+            check_doctor(folder, config, base)
             lm = PeftModel.from_pretrained(base.model, str(folder / ADAPTER_FOLDER), is_trainable=trainable)
             tokenizer = base.tokenizer
         else:
@@ -372,7 +372,9 @@ def _check_whole(folder: Path, config: DoctorConfig) -> None:
         raise UserError(f"the doctor {folder} is not whole: it lacks {', '.join(absent)}")
 
 
-def _check_base(folder: Path, config: DoctorConfig, base: LoadedModel) -> None:
+def check_doctor(folder: Path, config: DoctorConfig, base: LoadedModel) -> None:
+    """UserError unless the doctor in `folder` is whole and `base` is what it was trained on."""
+    _check_whole(folder, config)
     stored = config.base_fingerprint.get("tokenizer")
     if stored and stored != tokenizer_fingerprint(base.tokenizer):
         raise UserError(

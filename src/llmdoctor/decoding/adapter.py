@@ -1,0 +1,98 @@
+"""LoRA weights as differences on a network's fused projections (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r], the scale in B: the difference is B A x."""
+
+_FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_KEY = re.compile(r"^base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight$")
+_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+          "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "alora_invocation_tokens": None,
+          "trainable_token_indices": None, "layer_replication": None, "target_parameters": None}  # fmt: skip
+"""Settings of peft under which an adapter is B A x times one scale, and their values there."""
+
+
+@dataclass
+class LayerDelta:
+    """What an adapter adds to one layer's fused projections; None where nothing."""
+
+    qkv: Pair | None = None
+    out: Pair | None = None
+    gate_up: Pair | None = None
+    down: Pair | None = None
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A LoRA adapter on a `Network`.
+
+    Attributes:
+        layers: by layer number; layers that are not named are the base's.
+    """
+
+    layers: dict[int, LayerDelta] = field(default_factory=dict)
+
+    @property
+    def first_layer(self) -> int:
+        """Below it adapter and base are the same."""
+        return min(self.layers)
+
+    @classmethod
+    def load(cls, folder: Path, model: Any) -> Adapter | None:
+        """Read what peft wrote for `model`, in its dtype; None where it is more than plain LoRA on linear layers."""
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA" or any((config.get(key) or None) != (value or None)
+                                                    for key, value in _PLAIN.items()):  # fmt: skip
+            return None
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+        found: dict[int, dict[str, dict[str, Tensor]]] = {}
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            match = _KEY.match(key)
+            if match is None:
+                return None
+            number, module, part = match.groups()
+            found.setdefault(int(number), {}).setdefault(module, {})[part] = tensor
+        layers = model.get_decoder().layers
+        known = {module for modules in _FUSED.values() for module in modules}
+        if not found or any(set(modules) - known for modules in found.values()) or max(found) >= len(layers):
+            return None
+        like = model.get_input_embeddings().weight
+        return cls({
+            number: LayerDelta(**{
+                place: _fuse(layers[number], names, modules, scale, like) for place, names in _FUSED.items()
+            })
+            for number, modules in found.items()
+        })  # fmt: skip
+
+
+def _fuse(
+    layer: Any, names: Sequence[str], found: Mapping[str, Mapping[str, Tensor]], scale: float, like: Tensor
+) -> Pair | None:
+    """The adapters of several linear maps of one input as one: As stacked, Bs on the diagonal."""
+    if not any(name in found for name in names):
+        return None
+    downs, ups = [], []
+    for name in names:
+        linear = layer.get_submodule(name)
+        # Products of float32 pairs are what was trained; the scale joins before they are rounded.
+        downs.append(found[name]["A"].float() if name in found else torch.zeros(0, linear.in_features))
+        ups.append(found[name]["B"].float() * scale if name in found else torch.zeros(linear.out_features, 0))
+    down, up = torch.cat(downs), torch.block_diag(*ups)
+    return down.to(like), up.to(like)

@@ -1,0 +1,288 @@
+"""A Llama-shaped transformer, run for decoding: projections fused, caches written in place, adapters side by side.
+
+transformers' own modules decode one token of a small model in twice the time that reading its weights takes. Here each
+layer is four products: queries, keys and values in one, gate and up in one. Query heads that share a key head are
+attended to as rows of one product, and several adapters on the same weights run as more rows of the same pass; the
+layers below the first adapted one are run once for all of them.
+
+Shapes: B rows, M voices (the bare model, or an adapter on it), t new tokens, T columns of the cache, D hidden size,
+H query heads, K key heads, G = H/K, d width of a head.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+
+from llmdoctor.decoding.adapter import Adapter, LayerDelta
+
+_ARCHITECTURES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles do not depend on how long the text is."""
+
+
+@dataclass
+class _Linear:
+    """Several linear maps of one input as one; the parts' own parameters become views of it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    first: Tensor
+    """The first part's weight: where it points tells whether the parts were moved since."""
+
+    @classmethod
+    def fuse(cls, parts: Sequence[nn.Linear]) -> _Linear:
+        weights = [part.weight for part in parts]
+        whole = weights[0].detach() if len(parts) == 1 else torch.cat([weight.detach() for weight in weights])
+        bias = None
+        if any(part.bias is not None for part in parts):
+            bias = torch.cat(
+                [
+                    part.weight.new_zeros(part.out_features) if part.bias is None else part.bias.detach()
+                    for part in parts
+                ]
+            )
+        if len(parts) > 1:
+            for weight, piece in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):
+                weight.data = piece
+        return cls(whole, bias, weights[0])
+
+    @property
+    def stale(self) -> bool:
+        return self.first.data_ptr() != self.weight.data_ptr() or self.first.dtype != self.weight.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class _Block:
+    """One layer's weights."""
+
+    before_attention: tuple[Tensor, float]
+    qkv: _Linear
+    head_norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None
+    out: _Linear
+    before_mlp: tuple[Tensor, float]
+    gate_up: _Linear
+    down: _Linear
+
+    @classmethod
+    def of(cls, layer: Any) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = _norm(attention.q_norm), _norm(attention.k_norm)
+        return cls(
+            before_attention=_norm(layer.input_layernorm),
+            qkv=_Linear.fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+            head_norms=norms,
+            out=_Linear.fuse([attention.o_proj]),
+            before_mlp=_norm(layer.post_attention_layernorm),
+            gate_up=_Linear.fuse([mlp.gate_proj, mlp.up_proj]),
+            down=_Linear.fuse([mlp.down_proj]),
+        )
+
+    @property
+    def linears(self) -> tuple[_Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class Network:
+    """The decoder of a language model: ids to last hidden states, over a cache of `decoding.cache`.
+
+    Get one by `network_of`. Numbers equal the model's own up to rounding.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        config = decoder.config
+        self._embedding = decoder.embed_tokens.weight
+        self._rotary = decoder.rotary_emb
+        self._final = _norm(decoder.norm)
+        self._blocks = [_Block.of(layer) for layer in decoder.layers]
+        attention = decoder.layers[0].self_attn
+        self._head_width = int(attention.head_dim)
+        self._scale = float(attention.scaling)
+        self._key_heads = int(config.num_key_value_heads)
+        self._group = int(config.num_attention_heads) // self._key_heads
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the model's weights were moved or replaced since this was made."""
+        return any(linear.stale for block in self._blocks for linear in block.linears)
+
+    def __call__(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any,
+        voices: Sequence[Adapter | None] = (None,),
+        shared: int | None = None,
+    ) -> Tensor:
+        """Run new tokens, appending to the cache.
+
+        Args:
+            ids: [B, t].
+            mask: [B, T] with 1 on the columns that exist for a row, the new ones included (then later columns are
+                hidden from earlier tokens), or [B, 1, t, T] an additive bias.
+            positions: [B, t].
+            cache: whose layers hold B rows below `shared` and M·B above.
+            voices: M adapters; None is the bare model.
+            shared: layers that are run once for all voices; all of them where there is one voice.
+
+        Returns:
+            [M·B, t, D] last hidden states, voice by voice.
+        """
+        hidden = F.embedding(ids, self._embedding)
+        cos, sin = self._rotation(positions)
+        bias = self._bias(mask, ids.shape[1], hidden.dtype)
+        fork = len(self._blocks) if shared is None else shared
+        for number, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
+            if number == fork and len(voices) > 1:
+                hidden, cos, sin, bias = (tensor.repeat(len(voices), 1, 1, *[1] * (tensor.dim() - 3))
+                                          for tensor in (hidden, cos, sin, bias))  # fmt: skip
+            deltas = [voice.layers.get(number) if voice else None for voice in voices] if number >= fork else ()
+            hidden = self._attend(block, hidden, cos, sin, bias, layer, deltas)
+            hidden = self._transform(block, hidden, deltas)
+        return F.rms_norm(hidden, self._final[0].shape, *self._final)
+
+    def _attend(
+        self, block: _Block, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, layer: Any,
+        deltas: Sequence[LayerDelta | None],
+    ) -> Tensor:  # fmt: skip
+        rows, count, _ = hidden.shape
+        groups, width = self._key_heads * self._group, self._head_width
+        normed = F.rms_norm(hidden, block.before_attention[0].shape, *block.before_attention)
+        mixed = _adapted(block.qkv, normed, deltas, "qkv").view(rows, count, -1, width)
+        turned = mixed[:, :, : groups + self._key_heads]
+        if block.head_norms is not None:
+            queries, keys = turned.split([groups, self._key_heads], dim=2)
+            (q_weight, q_eps), (k_weight, k_eps) = block.head_norms
+            turned = torch.cat(
+                [F.rms_norm(queries, (width,), q_weight, q_eps), F.rms_norm(keys, (width,), k_weight, k_eps)], dim=2
+            )
+        half = width // 2
+        swapped = torch.cat([turned[..., half:], turned[..., :half]], dim=-1)
+        turned = torch.addcmul(turned * cos, swapped, sin)
+        keys, values = layer.update(
+            turned[:, :, groups:].transpose(1, 2), mixed[:, :, -self._key_heads :].transpose(1, 2)
+        )
+        # The query heads of one key head are rows of one product: torch's own grouped attention on a CPU is slower by
+        # a factor of five in bfloat16.
+        queries = turned[:, :, :groups].view(rows, count, self._key_heads, self._group, width)
+        queries = queries.transpose(1, 2).reshape(rows, self._key_heads, count * self._group, width)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self._scale)
+        seen = seen.view(rows, self._key_heads, count, self._group, width).transpose(1, 2).reshape(rows, count, -1)
+        return hidden + _adapted(block.out, seen, deltas, "out")
+
+    @staticmethod
+    def _transform(block: _Block, hidden: Tensor, deltas: Sequence[LayerDelta | None]) -> Tensor:
+        normed = F.rms_norm(hidden, block.before_mlp[0].shape, *block.before_mlp)
+        gate, up = _adapted(block.gate_up, normed, deltas, "gate_up").chunk(2, dim=-1)
+        return hidden + _adapted(block.down, F.silu(gate) * up, deltas, "down")
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, t] -> cos and sin [B, t, 1, d], the sine's first half negated: then turning needs no negation."""
+        longest = (
+            int(positions.max()) + 1 if positions.device.type == "cpu" else self._rotary.config.max_position_embeddings
+        )
+        if self._angles is None or len(self._angles[0]) < longest:
+            count = max(longest, 2 * (0 if self._angles is None else len(self._angles[0])), 512)
+            every = torch.arange(count, device=positions.device)[None]
+            cos, sin = self._rotary(self._embedding, every)
+            half = self._head_width // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            self._angles = cos[0, :, None], sin[0, :, None]
+        cos, sin = self._angles
+        return cos[positions], sin[positions]
+
+    def _bias(self, mask: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """-> [B, 1, t·G, T]: what is added to the attention scores."""
+        if mask.dim() == 2:
+            width = mask.shape[1]
+            seen = mask.bool()[:, None, None]
+            if count > 1:
+                columns = torch.arange(width, device=mask.device)
+                seen = seen & (columns <= columns[width - count :, None])
+            mask = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
+            # Finite: a padded token sees nothing at all, and must not become NaN.
+            mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        rows, _, count, width = mask.shape
+        return (
+            mask[:, :, :, None].expand(rows, 1, count, self._group, width).reshape(rows, 1, count * self._group, width)
+        )
+
+
+def network_of(decoder: Any) -> Network | None:
+    """The fast form of a transformers decoder, made once; None where its architecture or its state is another one.
+
+    It takes Llama, Mistral, Qwen2 and Qwen3 models of plain linear layers on one device, with full attention and
+    without hooks. Its weights are the model's own: making it copies one layer at a time and keeps no copy.
+    """
+    known = _NETWORKS.get(decoder)
+    if known is not None and not known.stale:
+        return known
+    if not _fits(decoder):
+        return None
+    network = Network(decoder)
+    _NETWORKS[decoder] = network
+    return network
+
+
+_NETWORKS: weakref.WeakKeyDictionary[Any, Network] = weakref.WeakKeyDictionary()
+
+
+def _fits(decoder: Any) -> bool:
+    if type(decoder) not in _ARCHITECTURES:
+        return False
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    if not (
+        config.hidden_act == "silu"
+        and set(kinds) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and config.rope_parameters.get("rope_type", "default") in _FIXED_ROPES
+        and len({parameter.device for parameter in decoder.parameters()}) == 1
+    ):
+        return False
+    linears = [
+        module
+        for layer in decoder.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    ]
+    modules = list(decoder.modules())
+    return (
+        type(decoder.embed_tokens) is nn.Embedding
+        and all(type(linear) is nn.Linear for linear in linears)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        # A method replaced on an instance, as accelerate does and tests do, must be heard.
+        and not any("forward" in vars(module) for module in modules)
+    )
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, float(module.variance_epsilon)
+
+
+def _adapted(linear: _Linear, x: Tensor, deltas: Sequence[LayerDelta | None], place: str) -> Tensor:
+    """The linear map, and on each voice's rows its adapter's difference."""
+    y = linear(x)
+    if deltas:
+        rows = x.shape[0] // len(deltas)
+        for number, delta in enumerate(deltas):
+            pair = getattr(delta, place) if delta else None
+            if pair is not None:
+                part = slice(number * rows, (number + 1) * rows)
+                y[part] += F.linear(F.linear(x[part], pair[0]), pair[1])
+    return y
