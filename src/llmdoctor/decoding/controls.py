@@ -40,7 +40,7 @@ class Controls:
         self.seen = torch.zeros(len(rows), width if self.penalises else 0, dtype=torch.bool, device=device)
         if self.penalises:
             for place, row in enumerate(rows):
-                self.seen[place, row.prompts[0]] = True
+                self.seen[place, row.prompts[0] + row.completion.token_ids] = True
 
     def block(self, start: int, end: int) -> Controls:
         """The settings of the rows from `start` to `end`, as views."""

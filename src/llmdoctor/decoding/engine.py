@@ -5,6 +5,8 @@ Shapes: B rows alive, V vocabulary, D guides. Every model keeps its own cache an
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,17 +16,20 @@ from torch import Tensor
 from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, sample, warp
 from llmdoctor.decoding.guides import Guide, lanes_of
-from llmdoctor.decoding.lane import Lane, context_of
+from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.request import Completion, Request
-from llmdoctor.decoding.row import Row, complete, open_row
+from llmdoctor.decoding.row import Row, open_row
+from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
+
+_log = logging.getLogger(__name__)
 
 _CPU_BLOCK = 16
 """Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
 
 _COMPACT_BELOW = 0.75
-"""Finished rows are dropped from the batch when at most this share is alive: dropping copies every cache."""
+"""Waiting rows are taken in when at most this share of the places is in use."""
 
 
 class GuidedDecoder:
@@ -65,7 +70,12 @@ class GuidedDecoder:
             UserError: an unknown doctor, or a prompt that leaves no room in a model's context.
         """
         rows = [self._open(index, request) for index, request in enumerate(requests)]
-        return complete(rows, self.max_batch_size, self._decode, on_done)
+        # In the order of their lengths, so that rows decoded together have little padding.
+        for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index))):
+            if on_done:
+                for row in finished:
+                    on_done(row.index, row.completion)
+        return [row.completion for row in rows]
 
     def stream(self, request: Request) -> Generator[str, None, Completion]:
         """Yield the completion's text piece by piece; the generator's return value is the `Completion`."""
@@ -90,64 +100,70 @@ class GuidedDecoder:
 
     @torch.inference_mode()
     def _decode(self, batch: list[Row]) -> Iterator[list[Row]]:
-        """Decode rows to their ends; yields after every token the rows that have just finished."""
+        """Decode rows to their ends; yields after every token the rows that have just finished.
+
+        Rows that are done make place for the next ones of `batch`. Where memory does not suffice, fewer go on together.
+        """
         for row in batch:
             if row.request.sampling.max_new_tokens == 0:
                 row.finish("length")
         finished = [row for row in batch if row.done]
         if finished:
             yield finished
-        rows = [row for row in batch if not row.done]
-        if not rows:
-            return
-        guided = any(beta != 0 for row in rows for beta in row.request.betas.values())
-        specs = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
-        room = max(min(row.request.sampling.max_new_tokens, row.room) for row in rows)
-        lanes = [Lane(spec, [row.prompts[index] for row in rows], room) for index, spec in enumerate(specs)]
-        guide_forwards = sum(len(spec.voices) for spec in specs) - 1
-        controls = Controls(rows, self.names, lanes[0].device, lanes[0].width)
-        logits = [lane.prefill().unflatten(0, (-1, len(rows))) for lane in lanes]
-        while True:
-            tokens = self._draw(rows, logits, controls, guided)
-            finished = [row for row in rows if row.done and not row.reported]
-            for row in finished:
-                row.reported = True
-                row.completion.patient_forwards = len(row.completion.token_ids)
-                row.completion.guide_forwards = guide_forwards * len(row.completion.token_ids)
-            yield finished
-            keep = [place for place, row in enumerate(rows) if not row.done]
-            if not keep:
-                return
-            if len(keep) <= _COMPACT_BELOW * len(rows):
-                rows = [rows[place] for place in keep]
-                for lane in lanes:
-                    lane.keep(keep)
-                controls.keep(keep)
-                tokens = tokens[keep]
-            logits = [lane.step(tokens).unflatten(0, (-1, len(rows))) for lane in lanes]
+        waiting = deque(row for row in batch if not row.done)
+        guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
+        ward = Ward(self.lanes if guided else [replace(self.lanes[0], voices=[None])], self.names)
+        size = self.max_batch_size
+        while waiting or ward.rows:
+            new: list[Row] = []
+            try:
+                ward.step()
+                # Taking rows in copies every cache, so it waits until there is place for several.
+                if waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _COMPACT_BELOW * size)):
+                    new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
+                    ward.admit(new)
+                self._draw(ward, guided)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                back = list(dict.fromkeys([*ward.rows, *new]))
+                if len(back) == 1:
+                    raise UserError(
+                        f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
+                        "a shorter prompt, fewer doctors or bfloat16"
+                    ) from error
+                size = max(1, len(back) // 2)
+                waiting.extendleft(reversed([row for row in back if not row.done]))
+                ward.clear()
+            else:
+                finished = [row for row in ward.rows if row.done and not row.reported]
+                for row in finished:
+                    row.reported = True
+                    row.completion.patient_forwards = len(row.completion.token_ids)
+                    row.completion.guide_forwards = ward.guide_forwards * len(row.completion.token_ids)
+                yield finished
+                ward.discharge()
+                continue
+            # Out here the error, and with it the frames that hold the tensors, is gone.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            _log.warning("Out of memory: going on with %d rows at a time.", size)
 
-    def _draw(self, rows: list[Row], logits: list[Tensor], controls: Controls, guided: bool) -> Tensor:
-        """Draw one token for every row from the guided distribution, and book it. Returns [B].
-
-        Args:
-            rows: B rows.
-            logits: of each lane, [M, B, V] by its voices.
-            controls: of the rows.
-            guided: whether any row has a guide.
-        """
-        width = min(tensor.shape[-1] for tensor in logits)
-        logits = [tensor[..., :width].to(logits[0].device) for tensor in logits]
-        size = len(rows) if logits[0].device.type != "cpu" else _CPU_BLOCK
+    def _draw(self, ward: Ward, guided: bool) -> None:
+        """Draw one token for every row from the guided distribution, and book it."""
+        width = min(tensor.shape[-1] for tensor in ward.logits)
+        logits = [tensor[..., :width].to(ward.logits[0].device) for tensor in ward.logits]
+        size = len(ward.rows) if logits[0].device.type != "cpu" else _CPU_BLOCK
         tokens = [
             self._draw_block(
-                rows[start : start + size],
+                ward.rows[start : start + size],
                 [tensor[:, start : start + size] for tensor in logits],
-                controls.block(start, start + size),
+                ward.controls.block(start, start + size),
                 guided,
             )
-            for start in range(0, len(rows), size)
+            for start in range(0, len(ward.rows), size)
         ]
-        return torch.cat(tokens)
+        ward.tokens = torch.cat(tokens)
 
     def _draw_block(self, rows: list[Row], logits: list[Tensor], controls: Controls, guided: bool) -> Tensor:
         patient = logits[0][0].float()
@@ -185,3 +201,8 @@ class GuidedDecoder:
         if controls.penalises:
             controls.seen.scatter_(1, chosen, True)
         return tokens
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError, whose text is all there is to tell it by.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -70,6 +70,11 @@ class Lane:
         return self._mask
 
     @property
+    def sees_everything(self) -> bool:
+        """Whether its attention is full in every layer, so that rows may come, go and sit out at will."""
+        return sees_everything(self._cache)
+
+    @property
     def has_holes(self) -> bool:
         """Whether so many columns are unseen that `pack` pays."""
         return self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK

@@ -1,0 +1,214 @@
+"""Rows that come and go while others are decoded: continuous batches, memory that runs out, streams that are left."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import fresh_doctor, shaken
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from llmdoctor.decoding import engine
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.lane import Lane
+from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.errors import UserError
+from llmdoctor.models.loading import LoadedModel, load_model
+
+TEXTS = ["Hi", "the cat sat on the mat and the dog ran", "zebra? é 7", "how are you today, and " * 5]
+
+
+@pytest.fixture(scope="module")
+def patient(tiny_folder: Path) -> LoadedModel:
+    return load_model(str(tiny_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path, patient: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> GuidedDecoder:
+    """The patient with a doctor beside it, three rows at a time."""
+    folder = tmp_path_factory.mktemp("ward") / "doctor"
+    shaken(fresh_doctor(load_model(str(tiny_folder), dtype="float32", device="cpu"))).save_pretrained(folder)
+    return GuidedDecoder(patient, [load_guide(folder, patient, name="kind")], max_batch_size=3)
+
+
+def requests(count: int = 14) -> list[Request]:
+    """Of all lengths from 1 to 37 tokens, some guided, one with a repetition penalty, with and without temperature."""
+    return [
+        Request.from_text(
+            TEXTS[place % 4],
+            betas={"kind": float(place % 3)},
+            sampling=SamplingParams(
+                max_new_tokens=1 + 36 * (place % 5) // 4,
+                seed=place,
+                temperature=0.0 if place % 4 == 1 else 1.0,
+                repetition_penalty=1.3 if place % 7 == 2 else 1.0,
+            ),
+        )
+        for place in range(count)
+    ]
+
+
+def same(one: Completion, other: Completion) -> None:
+    assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+    assert one.logps == pytest.approx(other.logps, abs=1e-3)
+    assert one.patient_logps == pytest.approx(other.patient_logps, abs=1e-3)
+    assert (one.patient_forwards, one.guide_forwards) == (other.patient_forwards, other.guide_forwards)
+
+
+def alone(decoder: GuidedDecoder) -> list[Completion]:
+    """Each request by itself; those that share the batch with guided ones count a pass of the guide all the same."""
+    found = [decoder.generate([request])[0] for request in requests()]
+    for done in found:
+        done.guide_forwards = len(done.token_ids)
+    return found
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step that is taken from now on."""
+    steps: list[int] = []
+    inner = Lane.step
+
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        steps.append(len(tokens))
+        return inner(self, tokens, active)
+
+    monkeypatch.setattr(Lane, "step", step)
+    return steps
+
+
+def test_rows_that_join_are_as_if_alone(decoder: GuidedDecoder) -> None:
+    heard: list[int] = []
+    got = decoder.generate(requests(), on_done=lambda index, _: heard.append(index))
+    assert sorted(heard) == list(range(len(got)))
+    for one, other in zip(got, alone(decoder), strict=True):
+        same(one, other)
+
+
+def test_a_free_place_is_taken(patient: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long answer and eight short ones, two places: the short ones pass through the second place.
+
+    Every answer of n tokens takes n − 1 steps. In batches of two that wait for each other, the long one would be
+    accompanied by one short one only, and the other seven would take four batches of their own.
+    """
+    steps = counting(monkeypatch)
+    decoder = GuidedDecoder(patient, max_batch_size=2)
+    decoder.encoder.stop_ids = frozenset()
+    done = decoder.generate(
+        [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=n, seed=n)) for n in [40, *[5] * 8]]
+    )
+    assert [len(one.token_ids) for one in done] == [40, *[5] * 8]
+    assert len(steps) == 39
+    assert max(steps) == 2
+
+
+def test_a_model_that_sees_a_window_waits_for_the_batch(patient: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can join rows whose cache is a window; the answers are right nevertheless."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+    model = MistralForCausalLM(MistralConfig(vocab_size=300, sliding_window=4, **sizes)).eval()
+    windowed = LoadedModel(model, patient.tokenizer, "windowed", dict(patient.fingerprint))
+    asked = [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=3 + 4 * n, seed=n)) for n in range(5)]
+    together = GuidedDecoder(windowed, max_batch_size=2).generate(asked)
+    for one, request in zip(together, asked, strict=True):
+        same(one, GuidedDecoder(windowed).generate([request])[0])
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_out_of_memory_shrinks_the_batch(
+    decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cpu: bool
+) -> None:
+    """Steps of three rows fail, on a CPU by a real allocation that cannot be had; the answers are those of before."""
+    inner = Lane.step
+    failures = 0
+
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        nonlocal failures
+        if len(tokens) > 2:
+            failures += 1
+            if cpu:
+                torch.empty(1 << 50)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, tokens, active)
+
+    expected = alone(decoder)
+    monkeypatch.setattr(Lane, "step", step)
+    with caplog.at_level(logging.WARNING, logger="llmdoctor"):
+        got = decoder.generate(requests())
+    assert failures == 1
+    assert [record.getMessage() for record in caplog.records] == ["Out of memory: going on with 1 rows at a time."]
+    for one, other in zip(got, expected, strict=True):
+        same(one, other)
+
+
+def test_out_of_memory_in_the_midst_keeps_what_was_said(
+    decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tenth step fails: rows go on from their own tokens, which are not drawn again."""
+    inner = Lane.step
+    steps = 0
+
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, tokens, active)
+
+    expected = alone(decoder)
+    monkeypatch.setattr(Lane, "step", step)
+    for one, other in zip(decoder.generate(requests()), expected, strict=True):
+        same(one, other)
+
+
+def test_no_memory_for_a_single_row(decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "step", step)
+        with pytest.raises(UserError, match=r"out of memory with a single prompt of \d+ tokens"):
+            decoder.generate(requests())
+    other = RuntimeError("something else")
+    monkeypatch.setattr(Lane, "step", lambda *_: (_ for _ in ()).throw(other))
+    with pytest.raises(RuntimeError, match="something else"):
+        decoder.generate(requests())
+
+
+def test_a_stream_that_is_left_harms_nobody(decoder: GuidedDecoder) -> None:
+    request = Request.from_text("Hi", betas={"kind": 1.0}, sampling=SamplingParams(max_new_tokens=30, seed=2))
+    expected = decoder.generate([request])[0]
+    stream = decoder.stream(request)
+    next(stream)
+    stream.close()
+    same(decoder.generate([request])[0], expected)
+
+
+def test_an_interrupt_between_tokens_ends_the_work(decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was finished before has been reported, and the next call starts afresh."""
+    expected = decoder.generate(requests())
+    heard: dict[int, Completion] = {}
+    inner = engine.GuidedDecoder._draw_block
+    draws = 0
+
+    def draw(*arguments: Any) -> Tensor:
+        nonlocal draws
+        draws += 1
+        if draws == 20:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.GuidedDecoder, "_draw_block", draw)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.generate(requests(), on_done=heard.__setitem__)
+    assert 0 < len(heard) < len(expected)
+    for index, done in heard.items():
+        same(done, expected[index])
+    for one, other in zip(decoder.generate(requests()), expected, strict=True):
+        same(one, other)
