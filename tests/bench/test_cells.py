@@ -277,15 +277,16 @@ def test_only_best_of_n_decodes_nothing_of_its_own() -> None:
 
 JOB = """
 from pathlib import Path
-import torch
+
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.table import make_table
 from llmdoctor.cli.progress import Progress
+from llmdoctor.models import loading
 
 def main(patient, folder, output):
     # As `float32`.
-    torch.cpu._is_amx_tile_supported = lambda: False
+    loading.cpu_multiplies_bfloat16 = lambda: False
     options = BenchOptions(
         patient=patient, prompts=folder + "/prompts.txt", prompt_count=6, pairs=12, seeds=2, max_new_tokens=6,
         epochs=1, batch_size=64,

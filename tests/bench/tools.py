@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.tiny import some_pairs
 from transformers import TrainerCallback
 
@@ -18,6 +17,7 @@ from llmdoctor.bench import kit
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.preferences import write_pairs
+from llmdoctor.models import loading
 
 PROMPTS = 6
 SEEDS = 2
@@ -84,9 +84,9 @@ def arena_of(
 
 @contextmanager
 def float32() -> Iterator[None]:
-    """Models load in float32 on processors with AMX, too: in bfloat16 an answer may change with its batch."""
+    """Models load in float32 whatever the processor: in bfloat16 an answer may change with its batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        patch.setattr(loading, "cpu_multiplies_bfloat16", lambda: False)
         kit._patient.cache_clear()
         yield
 

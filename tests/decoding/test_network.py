@@ -221,6 +221,23 @@ def test_voices_are_the_merged_models(folders: list[Path], tiny_folder: Path) ->
         check(lane, lane.step(torch.full((4,), 15)), [[*row, 15] for row in rows])
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_bfloat16_adapter_is_the_merged_model_in_float64(folders: list[Path], tiny_folder: Path, rows: int) -> None:
+    """Few rows and many take different ways; both stay within bfloat16's rounding of the truth, and merging does, too.
+
+    The difference that the adapter makes is far larger, so that leaving it out would be seen.
+    """
+    patient = load_model(str(tiny_folder), dtype="bfloat16", device="cpu")
+    adapter = Adapter.load(folders[2] / ADAPTER_FOLDER, patient.model)
+    spec = LaneSpec(patient.model, None, LogitsHead.for_model(patient.model), None, [None, adapter])
+    prompts = [[5, 9, 7 + row] for row in range(rows)]
+    bare, ours = Lane(spec, prompts, 1).prefill().double().unflatten(0, (2, -1))
+    truth = torch.stack([whole(merged(folders[2], tiny_folder).double(), prompt) for prompt in prompts])
+    scale = float(truth.abs().max())
+    assert float((ours - truth).abs().max()) < 0.03 * scale
+    assert float((bare - truth).abs().max()) > 0.2 * scale
+
+
 def test_layers_below_the_first_adapted_one_are_kept_once(folders: list[Path], tiny_folder: Path) -> None:
     patient = load(tiny_folder)
     adapter = Adapter.load(folders[1] / ADAPTER_FOLDER, patient.model)

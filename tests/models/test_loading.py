@@ -447,19 +447,24 @@ def test_devices_that_are_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch
     assert load(saved, device="auto").model.device.type == "cpu"
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_auto_dtype_on_a_cpu_follows_its_matrix_unit(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, has_amx: bool
+PROBES = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+@pytest.mark.parametrize("answers", [(True, False), (False, True), (True, True), (False, False)])
+def test_auto_dtype_on_a_cpu_follows_its_instructions(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, answers: tuple[bool, bool]
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    for probe, answer in zip(PROBES, answers, strict=True):
+        monkeypatch.setattr(torch.cpu, probe, lambda answer=answer: answer, raising=False)
     loaded = load(saved, dtype="auto")
-    expected = torch.bfloat16 if has_amx else torch.float32
+    expected = torch.bfloat16 if any(answers) else torch.float32
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {expected}
-    assert loaded.fingerprint["dtype"] == ("bfloat16" if has_amx else "float32")
+    assert loaded.fingerprint["dtype"] == ("bfloat16" if any(answers) else "float32")
 
 
-def test_auto_dtype_without_the_probe_is_float32(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+def test_auto_dtype_without_the_probes_is_float32(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for probe in PROBES:
+        monkeypatch.delattr(torch.cpu, probe, raising=False)
     assert load(saved, dtype="auto").model.dtype == torch.float32
 
 

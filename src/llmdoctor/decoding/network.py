@@ -281,8 +281,8 @@ def _adapted(linear: _Linear, x: Tensor, deltas: Sequence[LayerDelta | None], pl
     if deltas:
         rows = x.shape[0] // len(deltas)
         for number, delta in enumerate(deltas):
-            pair = getattr(delta, place) if delta else None
-            if pair is not None:
+            change = getattr(delta, place) if delta else None
+            if change is not None:
                 part = slice(number * rows, (number + 1) * rows)
-                y[part] += F.linear(F.linear(x[part], pair[0]), pair[1])
+                y[part] += change(x[part])
     return y

@@ -1,0 +1,247 @@
+"""What does guidance cost, and how far is the engine from transformers' own decoding?
+
+    python -m benchmarks.decoding [--quick] [--patient builtin:smollm2] [--output benchmarks/results/decoding.json]
+
+Five ways to decode the same prompts with the same sampling (temperature 1, a fixed number of tokens), in one process,
+after a warm-up of each, in interleaved rounds:
+
+- transformers: `generate` of the patient alone;
+- patient: our engine, the patient alone;
+- guided: our engine with a LoRA doctor on the patient's base, in the patient's own pass (ratio form);
+- guided_apart: our engine with the same doctor merged into weights of its own, as one with another base runs;
+- logits_processor: the usual way, a `LogitsProcessor` that runs the merged doctor, with its cache, inside `generate`.
+
+The doctor has the shape that `llmdoctor train` gives it and random numbers for weights: these are timings, not quality.
+Peak memory is that of whole processes that decode the patient alone, guided and guided_apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmdoctor.threads import spin_briefly
+
+spin_briefly()
+
+import torch  # noqa: E402
+from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from benchmarks.record import record  # noqa: E402
+from llmdoctor.data.prompts import load_prompts  # noqa: E402
+from llmdoctor.decoding.adapter import Adapter  # noqa: E402
+from llmdoctor.decoding.engine import GuidedDecoder  # noqa: E402
+from llmdoctor.decoding.guides import Guide, load_guide  # noqa: E402
+from llmdoctor.decoding.request import Request, SamplingParams  # noqa: E402
+from llmdoctor.models.doctor import Doctor  # noqa: E402
+from llmdoctor.models.loading import LoadedModel, load_model  # noqa: E402
+from llmdoctor.tfpo.train import DoctorOptions, lora_arguments  # noqa: E402
+
+BETA = 1.0
+
+
+class DoctorProcessor(LogitsProcessor):
+    """Adds β (log π_doctor − log π_patient) to the patient's scores; the doctor keeps a cache of its own."""
+
+    def __init__(self, doctor: Any, mask: torch.Tensor) -> None:
+        self.doctor, self.mask, self.cache = doctor, mask, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        done = self.doctor(
+            input_ids=input_ids if self.cache is None else input_ids[:, -1:],
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, 0 if self.cache is None else -1 :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = done.past_key_values
+        return scores + BETA * (done.logits[:, -1].float() - scores)
+
+
+def make_doctor(spec: str, folder: Path) -> None:
+    """A doctor of the default shape with random numbers in both halves of its adapter."""
+    base = load_model(spec)
+    doctor = Doctor.from_base(base, lora=lora_arguments(base.model, DoctorOptions()))
+    with torch.no_grad():
+        for name, parameter in doctor.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    doctor.save_pretrained(folder)
+
+
+def merged(folder: Path, spec: str) -> LoadedModel:
+    return Doctor.from_pretrained(folder, base=load_model(spec)).merged()
+
+
+def conversations(count: int) -> list[Any]:
+    found = [prompt.messages for prompt in load_prompts("builtin:prompts/test")]
+    return (found * (1 + count // len(found)))[:count]
+
+
+def engine(patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) -> Callable[[], None]:
+    decoder = GuidedDecoder(patient, guides, max_batch_size=rows)
+    # Every way makes the same number of tokens.
+    decoder.encoder.stop_ids = frozenset()
+    betas = {guide.name: BETA for guide in guides}
+    requests = [
+        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
+        for seed, messages in enumerate(conversations(rows))
+    ]
+
+    def run() -> None:
+        made = sum(len(done.token_ids) for done in decoder.generate(requests))
+        assert made == rows * tokens, made
+
+    return run
+
+
+def transformers(patient: LoadedModel, doctor: Any | None, rows: int, tokens: int) -> Callable[[], None]:
+    encoder = GuidedDecoder(patient).encoder
+    prompts = [encoder.prompt_ids(messages) for messages in conversations(rows)]
+    width = max(map(len, prompts))
+    pad = patient.tokenizer.pad_token_id
+    device = patient.model.device
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
+        patient.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
+            top_k=0, pad_token_id=pad, **extra,
+        )  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def memory(way: str, spec: str, doctor: Path, rows: int, tokens: int) -> None:
+    """Decode in this process alone, and print its peak memory in bytes."""
+    patient = load_model(spec)
+    guides = []
+    if way != "patient":
+        guides = [load_guide(doctor, patient, name="it")]
+        if way == "guided_apart":
+            guides = [replace(guides[0], model=merged(doctor, spec), adapter=None)]
+    engine(patient, guides, rows, tokens)()
+    print(torch.cuda.max_memory_allocated() if patient.model.device.type == "cuda" else peak_of_process())
+
+
+def peak_of_process() -> int:
+    """Bytes that were resident at most. Linux's own counter, because getrusage's begins with the parent's peak."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak(way: str, arguments: argparse.Namespace, doctor: Path) -> int:
+    command = [sys.executable, "-m", "benchmarks.decoding", "--memory", way, "--patient", arguments.patient]
+    command += ["--doctor", str(doctor)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def measure(arguments: argparse.Namespace, doctor: Path) -> dict[str, Any]:
+    sizes, tokens, rounds = ([1, 16], 16, 1) if arguments.quick else ([1, 4, 16], 64, 3)
+    patient = load_model(arguments.patient)
+    beside = load_guide(doctor, patient, name="it")
+    assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
+    own = merged(doctor, arguments.patient)
+    apart = replace(beside, model=own, adapter=None)
+    rows: list[dict[str, Any]] = []
+    print(f"{'batch':>5} {'way':>17} {'tokens/s':>9} {'÷ patient':>10}")
+    for size in sizes:
+        ways = {
+            "transformers": transformers(patient, None, size, tokens),
+            "patient": engine(patient, [], size, tokens),
+            "doctor": engine(own, [], size, tokens),
+            "guided": engine(patient, [beside], size, tokens),
+            "guided_apart": engine(patient, [apart], size, tokens),
+            "logits_processor": transformers(patient, own.model, size, tokens),
+        }
+        for work in ways.values():
+            work()
+        gc.collect()
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, work in ways.items():
+                start = time.perf_counter()
+                work()
+                seconds[way].append(time.perf_counter() - start)
+        for way, times in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(seconds["patient"], times, strict=True))
+            rate = size * tokens / statistics.median(times)
+            rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
+            print(f"{size:>5} {way:>17} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+
+    def ratios(way: str, other: str) -> dict[str, float]:
+        """Medians over rounds of how many times as fast one way is as another, by batch size."""
+        found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
+        return {
+            str(size): statistics.median(b / a for a, b in zip(found[size, way], found[size, other], strict=True))
+            for size in sizes
+        }
+
+    measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
+    peaks = {way: peak(way, arguments, doctor) for way in measured}
+    return {
+        "patient_vs_transformers": ratios("patient", "transformers"),
+        "cost_ratio": ratios("patient", "doctor"),
+        "guided_vs_patient": ratios("guided", "patient"),
+        "guided_apart_vs_patient": ratios("guided_apart", "patient"),
+        "guided_vs_logits_processor": ratios("guided", "logits_processor"),
+        "guided_apart_vs_logits_processor": ratios("guided_apart", "logits_processor"),
+        "memory_ratio": peaks["guided"] / peaks["patient"],
+        "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
+        "peak_bytes": peaks,
+        "new_tokens": tokens,
+        "dtype": str(patient.model.dtype),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two batch sizes, 16 tokens; within a minute on two cores")
+    parser.add_argument("--patient", default="builtin:smollm2")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory", choices=["patient", "guided", "guided_apart"], help=argparse.SUPPRESS)
+    parser.add_argument("--doctor", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        memory(arguments.memory, arguments.patient, arguments.doctor, 4, 16)
+        return
+    # It warns that an end-of-turn token of −1 lets answers run to their full length, which is what is wanted.
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        doctor = Path(folder) / "doctor"
+        make_doctor(arguments.patient, doctor)
+        result = measure(arguments, doctor)
+    head = {"benchmark": "decoding", "quick": arguments.quick, "patient": arguments.patient, "doctor": "random LoRA"}
+    for name in ("patient_vs_transformers", "guided_vs_patient", "guided_vs_logits_processor"):
+        print(name, json.dumps({size: round(value, 2) for size, value in result[name].items()}))
+    print(f"memory_ratio {result['memory_ratio']:.2f}")
+    record({**head, **result}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
