@@ -163,8 +163,8 @@ def test_collate(patient: LoadedModel, tmp_path: Path) -> None:
 
     save_file({"states": states}, str(make_file))
     batch = collate([Answer([5, 6], [7, 2], make_file, 1), Answer([5], [8], make_file, 0)])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [5, 8, 0, 0]]
-    assert batch["before"].tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2] + [0] * 12, [5, 8] + [0] * 14]
+    assert batch["before"].nonzero().tolist() == [[0, 1], [0, 2], [1, 0]]
     assert torch.equal(batch["states"], states[[1, 2, 0]])
 
 
@@ -232,15 +232,15 @@ def test_bad_input(deep_folder: Path, patient: LoadedModel, tmp_path: Path) -> N
 
 @pytest.mark.model
 def test_the_real_patient(tmp_path: Path) -> None:
-    """Seconds of distillation take five of thirty layers from nothing in common with the patient to a fifth."""
+    """Five of thirty layers have nothing in common with the patient; forty short steps halve the divergence."""
     patient = load_model("builtin:smollm2", device="cpu")
-    options = ShrinkOptions(tokens=4000, epochs=2, max_new_tokens=64, held_out=6)
-    record = shrink(patient, load_prompts("builtin:prompts/train", limit=64), tmp_path / "small", options=options)
+    options = ShrinkOptions(tokens=800, epochs=2, max_new_tokens=40, held_out=4, batch_tokens=128)
+    record = shrink(patient, load_prompts("builtin:prompts/train", limit=24), tmp_path / "small", options=options)
     assert record["layers"] == [0, 1, 2, 3, 29]
     assert record["weights_read"]["small"] < 0.35 * record["weights_read"]["patient"]
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     assert before["acceptance"] < 0.02
-    assert after["acceptance"] > 0.1
+    assert after["acceptance"] > 0.05
     assert after["kl"] < before["kl"] / 2
     small = load_model(str(tmp_path / "small"), device="cpu")
     assert small.fingerprint["tokenizer"] == patient.fingerprint["tokenizer"]

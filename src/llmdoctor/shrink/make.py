@@ -200,7 +200,7 @@ class _Batches(torch.utils.data.Dataset[Sequence[Answer]]):
 def collate(answers: Sequence[Answer]) -> dict[str, Tensor]:
     """Answers to one right-padded batch, and the teacher's states on their tokens.
 
-    Example, prompts [5, 6] and [5] with answers [7, 2] and [8]:
+    Example, prompts [5, 6] and [5] with answers [7, 2] and [8] (the padding that rounds the width up is not shown):
 
         out: {"input_ids": [[5, 6, 7, 2], [5, 8, 0, 0]],
               "before": [[F, T, T, F], [T, F, F, F]],    # the columns from which answer tokens are predicted

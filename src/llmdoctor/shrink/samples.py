@@ -25,6 +25,10 @@ from llmdoctor.models.logps import position_ids
 BLOCK = 64
 """Answers in a file. Not an option: it decides nothing but how much a kill costs."""
 
+_WIDTHS = 16
+"""Batches are as wide as a multiple of this: oneDNN keeps one compiled product (some 2 MB on a CPU with AMX) for every
+shape that it has met, and hundreds of widths took gigabytes."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -138,10 +142,10 @@ class Sampler:
 def right_padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     """Prompts and answers to ids [B, T] with padding (0) behind, and a mask [B, T] of what is no padding.
 
-    A causal model sees nothing behind a token, so no attention mask is needed.
+    T is rounded up. A causal model sees nothing behind a token, so no attention mask is needed.
     """
     rows = [[*prompt, *completion] for prompt, completion in pairs]
-    width = max(map(len, rows))
+    width = -(-max(map(len, rows)) // _WIDTHS) * _WIDTHS
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return ids, mask
