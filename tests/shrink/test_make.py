@@ -20,6 +20,7 @@ from llmdoctor.models.doctor import Doctor
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.shrink import make
 from llmdoctor.shrink.layers import keep_layers
+from llmdoctor.shrink.losses import distillation_loss
 from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, _Batches, collate, shrink
 from llmdoctor.shrink.samples import Answer, Sampler
 
@@ -107,6 +108,22 @@ def test_the_figures_are_those_of_the_stored_model(
     assert record["tokens"]["held_out"] == tokens
     assert record["held_out"]["after"]["acceptance"] == pytest.approx(accepted / tokens, abs=1e-4)
     assert record["held_out"]["after"]["kl"] == pytest.approx(kl / tokens, abs=1e-4)
+
+
+def test_total_variation_takes_over_as_training_goes_on(
+    deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights_seen: list[float] = []
+
+    def loss(hidden: torch.Tensor, teacher: torch.Tensor, head: Any, tv_weight: float) -> torch.Tensor:
+        weights_seen.append(tv_weight)
+        return distillation_loss(hidden, teacher, head, tv_weight)
+
+    monkeypatch.setattr(make, "distillation_loss", loss)
+    shrink(load(deep_folder), PROMPTS, tmp_path / "small", options=replace(OPTIONS, epochs=1, tv_weight=0.5))
+    steps = len(weights_seen)
+    assert steps > 5
+    assert weights_seen == pytest.approx([0.5 * step / steps for step in range(steps)])
 
 
 def test_a_finished_run_does_nothing_again(
