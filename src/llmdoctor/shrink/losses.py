@@ -42,14 +42,16 @@ def loss_and_gradient(logits: Tensor, teacher_logits: Tensor, tv_weight: float) 
     log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
     log_p = torch.log_softmax(teacher_logits, -1, dtype=torch.float32)
     p = log_p.exp()
-    loss = (1 - tv_weight) * (p * log_p.sub_(log_q)).sum(-1)
+    # In place from here on: fresh blocks of this size cost as much as the arithmetic on them.
+    kl = torch.linalg.vecdot(p, log_p.sub_(log_q))
     q = log_q.exp_()
-    gradient = (q - p).mul_(1 - tv_weight)
+    gradient = torch.sub(q, p, out=log_p)
+    tv = torch.linalg.vector_norm(gradient, ord=1, dim=-1) / 2
+    gradient.mul_(1 - tv_weight)
     if tv_weight:
-        loss = loss + tv_weight * (1 - torch.minimum(p, q).sum(-1))
-        below = (q < p) * q
-        gradient += torch.addcmul(below.neg(), q, below.sum(-1, keepdim=True)).mul_(tv_weight)
-    return loss, gradient
+        below = p.gt_(q).mul_(q)
+        gradient.addcmul_(q, below.sum(-1, keepdim=True), value=tv_weight).sub_(below, alpha=tv_weight)
+    return (1 - tv_weight) * kl + tv_weight * tv, gradient
 
 
 def distillation_loss(hidden: Tensor, teacher_hidden: Tensor, head: LogitsHead, tv_weight: float = 0.0) -> Tensor:
