@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from llmdoctor.cli import bench, chat, demo, generate, inspect, models, pairs, readout, rewards, train
+from llmdoctor.cli import bench, chat, demo, generate, inspect, models, pairs, readout, rewards, shrink, train
 from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
 from llmdoctor.threads import spin_briefly
@@ -37,6 +37,7 @@ for function in (
     rewards.rewards,
     readout.readout,
     inspect.inspect,
+    shrink.shrink,
     train.train,
     generate.generate,
     chat.chat,

@@ -1,0 +1,95 @@
+"""Some layers of a model as a model of its own."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmdoctor.errors import UserError
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of a decoder-only transformer; UserError where they are not in `get_decoder().layers`."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    config = model.config
+    if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(config, "num_hidden_layers", None):
+        raise UserError(
+            f"{type(model).__name__} cannot be shrunk: its layers are not one list in get_decoder().layers, counted by "
+            "num_hidden_layers in its config"
+        )
+    return layers
+
+
+def choose_layers(total: int, count: int) -> list[int]:
+    """`count` of `total` layers: the first ones and the last.
+
+    The first layers turn tokens into states and the last one turns states into logits; between them a layer changes its
+    input little, and distillation makes up for it soonest.
+    """
+    if not 1 <= count < total:
+        raise UserError(f"layers must be at least 1 and fewer than the {total} there are, got {count}")
+    return [*range(count - 1), total - 1]
+
+
+def parse_layers(text: str, total: int) -> list[int]:
+    """Layers by number, such as `0,1,2,29`; UserError unless they are some of `total`, in order, and not all."""
+    words = text.split(",")
+    if not all(re.fullmatch(r"\s*\d+\s*", word) for word in words):
+        raise UserError(f"keep must be layer numbers with commas between them, such as 0,1,2,29, got {text!r}")
+    kept = [int(word) for word in words]
+    if sorted(set(kept)) != kept or kept[-1] >= total or len(kept) >= total:
+        raise UserError(f"keep must be ascending numbers from 0 to {total - 1}, not all of them, got {text!r}")
+    return kept
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A new model with the layers `kept` of `model` and all that is not a layer, its weights copies in `dtype`.
+
+    Raises:
+        UserError: the layers are not in `get_decoder().layers`, or are of kinds that the smaller config does not give.
+    """
+    layers = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    small = type(model)(small_config(model.config, kept)).to(device=model.device, dtype=dtype)
+    places = {old: new for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        found = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
+        if found is None:
+            weights[name] = tensor
+        elif int(found[1]) in places:
+            weights[f"{prefix}.{places[int(found[1])]}.{found[2]}"] = tensor
+    try:
+        small.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be shrunk to the layers {', '.join(map(str, kept))}: its layers are of "
+            "several kinds, and a smaller model would have other ones in their places"
+        ) from error
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def small_config(config: Any, kept: Sequence[int]) -> Any:
+    """`config` for the layers `kept` alone; what it lists layer by layer (`layer_types`, …) is cut to them."""
+    total = config.num_hidden_layers
+    small = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        # A list of as many token ids would be a coincidence.
+        if isinstance(value, list | tuple) and len(value) == total and "token" not in name and name != "architectures":
+            setattr(small, name, [value[layer] for layer in kept])
+    small.num_hidden_layers = len(kept)
+    return small
+
+
+def weights_read(model: Any) -> int:
+    """Weights that one decoding step reads: all but an input embedding that is not the head, too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total if head is None or head.weight is embedding.weight else total - embedding.weight.numel()
