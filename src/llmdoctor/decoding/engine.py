@@ -13,9 +13,10 @@ from torch import Tensor
 from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, sample, warp
 from llmdoctor.decoding.guides import Guide, lanes_of
-from llmdoctor.decoding.lane import Lane, context_of
+from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.decoding.row import Row, complete, open_row
+from llmdoctor.decoding.translated_lane import open_lane
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
 
@@ -41,11 +42,6 @@ class GuidedDecoder:
         self.names = [guide.name for guide in guides]
         if len(set(self.names)) != len(self.names):
             raise UserError(f"two doctors share a name: {', '.join(self.names)}; give each its own")
-        for guide in guides:
-            if guide.model.fingerprint.get("tokenizer") != patient.fingerprint.get("tokenizer"):
-                raise UserError(
-                    f"the guide {guide.name} ({guide.model.spec}) does not share {patient.spec}'s vocabulary"
-                )
         self.lanes, self._guide_lanes, self._reference_lanes = lanes_of(patient, list(guides))
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
@@ -102,7 +98,7 @@ class GuidedDecoder:
         guided = any(beta != 0 for row in rows for beta in row.request.betas.values())
         used = sorted({0, *self._guide_lanes, *(i for i in self._reference_lanes if i is not None)}) if guided else [0]
         room = max(min(row.request.sampling.max_new_tokens, row.room) for row in rows)
-        lanes = {index: Lane(self.lanes[index], [row.prompts[index] for row in rows], room) for index in used}
+        lanes = {index: open_lane(self.lanes[index], [row.prompts[index] for row in rows], room) for index in used}
         controls = Controls(rows, self.names, lanes[0].device, lanes[0].width)
         logits = {index: lane.prefill() for index, lane in lanes.items()}
         while True:
