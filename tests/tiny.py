@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.models.doctor import Doctor
@@ -79,3 +82,80 @@ def config(folder: Path, **options: Any) -> TFPOConfig:
 def tensors(module: Any) -> dict[str, Tensor]:
     """A copy of every parameter and buffer by its name."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+# Each tokenizer merges other words; some characters are several tokens.
+CORPUS = [
+    "the cat sat on the mat and the dog ran to the house",
+    "Hello, how are you today?",
+    "café café 😊 hello there",
+]
+OTHER_CORPUS = ["hello hello there, then the theme of other houses", "catalogue mathematics dogma you your", "é 7 😊😊"]
+
+
+def byte_level(size: int, corpus: Sequence[str], *, begin: str = "<s>", end: str = "</s>") -> Any:
+    """A byte-level BPE tokenizer of `size` tokens, whose chat template writes a turn between `begin` and `end`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=1,
+        special_tokens=[begin, end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    turn = begin + "{{ message['role'] + ': ' + message['content'] }}" + end
+    template = "{% for message in messages %}" + turn + "{% endfor %}"
+    template += "{% if add_generation_prompt %}" + begin + "assistant: {% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, chat_template=template)
+
+
+def sentencepiece(corpus: Sequence[str]) -> Any:
+    """A tokenizer as Llama 2's: spaces are "▁", one is put before every text, unknown characters fall back to bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    trainer = trainers.BpeTrainer(vocab_size=80, min_frequency=2, show_progress=False, limit_alphabet=40)
+    trained.train_from_iterator(corpus, trainer)
+    rules = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256)), *rules["vocab"]]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={name: index for index, name in enumerate(names)},
+            merges=[tuple(merge) for merge in rules["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def save_tiny(folder: Path, tokenizer: Any, *, seed: int = 0, context: int = 512, extra_rows: int = 0) -> Path:
+    """A tiny random Llama with this tokenizer as a folder; its embeddings may have `extra_rows` beyond the tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer) + extra_rows,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=context,
+                initializer_range=0.2,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from tests.killing import JobServer, last_step
-from tests.tiny import acquire, naive_logps, some_pairs, tensors
+from tests.tiny import OTHER_CORPUS, acquire, byte_level, naive_logps, save_tiny, some_pairs, tensors
 
+from llmdoctor.baselines import dpo
 from llmdoctor.baselines.dpo import BETA, dpo_trainer, train_dpo
 from llmdoctor.baselines.implicit import accuracy, implicit_rewards
-from llmdoctor.baselines.training import BaselineOptions
+from llmdoctor.baselines.training import BaselineOptions, token_rows
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
@@ -220,13 +221,25 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_training(
         trainer.train()
 
 
+def test_a_base_of_another_tokenizer(store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is trained on the pairs' texts in its own tokens, and held-out pairs are measured in them."""
+    base = load(save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS, begin="<|begin|>"), seed=7))
+    encoder = ChatEncoder.for_model(base.model, base.tokenizer)
+    read: list[Any] = []
+    monkeypatch.setattr(dpo, "token_rows", lambda rows, own: read.append(token_rows(rows, own)) or read[-1])
+    output = train_dpo(base, store, tmp_path / "dpo", replace(OPTIONS, epochs=1))
+    for side in SIDES:
+        texts = ["".join(row[f"{side}_tokens"]).removesuffix("<|im_end|>") for row in store.rows()]
+        assert [encoder.decode(ids) for ids in read[0][f"{side}_ids"]] == texts[:9]
+    config = DoctorConfig.load(output)
+    assert {key: config.rewards_fingerprint[key] for key in store.fingerprint} == store.fingerprint
+    assert "carried_to" in config.rewards_fingerprint
+    assert config.metrics["held_out_pairs"] == 3
+
+
 def test_bad_input(tiny_folder: Path, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="holds the token rewards; give the dpo baseline a folder of its own"):
         train_dpo(load(tiny_folder), store, store.folder, OPTIONS)
-    base = load(tiny_folder)
-    base.fingerprint = {**base.fingerprint, "tokenizer": "feedbeef"}
-    with pytest.raises(UserError, match=r"has another one \(feedbeef\)"):
-        train_dpo(base, store, tmp_path / "dpo", OPTIONS)
     used = load(tiny_folder)
     Doctor.from_base(used, lora=lora_arguments(used.model, DoctorOptions()))
     with pytest.raises(ValueError, match="carries an adapter already"):

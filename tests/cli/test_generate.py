@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.cli.harness import CPU, Cli, write_jsonl
+from tests.tiny import OTHER_CORPUS, byte_level, save_tiny
 
 from llmdoctor.cli.doctors import DoctorArgument
 from llmdoctor.cli.generate import printable
@@ -176,3 +178,21 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path: Path, monkeypatch: p
         Path(name).mkdir()
         assert DoctorArgument.parse(name) == DoctorArgument(name)
     assert DoctorArgument.parse("kind:doctor=2") == DoctorArgument("kind:doctor", 2.0)
+
+
+def test_a_doctor_of_another_vocabulary(good: Cli, finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Trained on the patient's rewards, it guides the patient; what translating it leaves out is said."""
+    other, doctor = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS), seed=3), tmp_path / "doctor"
+    trained = good("train", "--rewards", finished / "rewards", "--base", other, "-o", doctor, "--eval-fraction",
+                   "0.25", "--num-train-epochs", 2, *CPU)  # fmt: skip
+    assert "%|" not in trained.err, "a bar of another library's"
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", ROWS)
+    asked = ("--patient", tiny_folder, "--doctor", f"{doctor}=3", "--max-new-tokens", 6, *CPU)
+    made = good("generate", "--prompts", prompts, "-o", tmp_path / "answers.jsonl", *asked)
+    assert re.search(r"a doctor's vocabulary \(\d+ tokens\) is not the patient's \(300\): its tokens lead to", made.err)
+    assert re.search(r"translated: [\d.e-]+ % of the doctors' probability was on tokens that stand for none", made.err)
+    assert any(row["kl_estimate"] != 0 for row in read(tmp_path / "answers.jsonl")), "the doctor changes nothing"
+    assert "translated: " in good("generate", "Hello", *asked).err
+    alone = good("generate", "Hello", "--patient", tiny_folder, "--doctor", f"{finished / 'doctor'}=1", *CPU)
+    assert "translated" not in alone.err
+    assert "is not the patient's" not in alone.err

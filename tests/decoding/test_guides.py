@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.tiny import fresh_doctor, shaken
+from tests.tiny import OTHER_CORPUS, byte_level, fresh_doctor, save_tiny, shaken
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.decoding.guides import Guide, lanes_of, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -49,9 +51,34 @@ def test_load_guide(tiny_folder: Path, tmp_path: Path, patient: LoadedModel) -> 
         load_guide(tmp_path / "doctor", patient, form="sum", **options)
 
 
-def test_another_vocabulary_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    fresh_doctor(load(tiny_folder)).save_pretrained(tmp_path / "doctor")
-    patient = load(tiny_folder)
-    patient.tokenizer.add_tokens(["<new>"])
-    with pytest.raises(UserError, match="do not share a vocabulary; train a doctor on a base with the patient's"):
-        load_guide(tmp_path / "doctor", patient)
+def test_another_vocabulary_is_translated(
+    tiny_folder: Path, tmp_path: Path, patient: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its reference is its own base; rewards of a patient of yet another tokenizer are worth a warning."""
+    other = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS), seed=4)
+    doctor = fresh_doctor(load(other), dimension="kind")
+    doctor.doctor_config.rewards_fingerprint = {"tokenizer": patient.fingerprint["tokenizer"]}
+    doctor.save_pretrained(tmp_path / "doctor")
+    options = {"dtype": "float32", "device": "cpu"}
+    guide = load_guide(tmp_path / "doctor", patient, **options)
+    assert isinstance(guide.reference, LoadedModel)
+    assert guide.reference.fingerprint == guide.model.fingerprint == load(other).fingerprint
+    assert not caplog.records
+    lanes, guides, references = lanes_of(patient, [guide, Guide("own", patient, "patient")])
+    assert guides == [(1, 0), (0, 0)]
+    assert references == [(2, 0), (0, 0)]
+    assert [lane.translation is None for lane in lanes] == [True, False, False]
+    stranger = replace(patient, fingerprint={**patient.fingerprint, "tokenizer": "feedbeef"})
+    load_guide(tmp_path / "doctor", stranger, **options)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the doctor {tmp_path / 'doctor'} was trained on the rewards of a patient with another tokenizer "
+        f"({patient.fingerprint['tokenizer']}) than {patient.spec} has (feedbeef)"
+    ]
+
+
+def test_a_vocabulary_that_cannot_be_translated(tmp_path: Path, patient: LoadedModel) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    words = load(save_tiny(tmp_path / "words", tokenizer, extra_rows=8))
+    with pytest.raises(UserError, match="cannot be read as bytes"):
+        GuidedDecoder(patient, [Guide("words", words)])

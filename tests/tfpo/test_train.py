@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 from tests.killing import JobServer, last_step
-from tests.tiny import acquire, config, some_pairs, tensors
+from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, save_tiny, some_pairs, tensors
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -162,11 +167,31 @@ def test_a_doctor_can_be_trained_without_holding_pairs_out(
     assert DoctorConfig.load(output).metrics == {"train_pairs": 12.0, "held_out_pairs": 0.0}
 
 
-def test_rewards_of_another_tokenizer_are_refused(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
-    base = load(tiny_folder)
-    base.fingerprint = {**base.fingerprint, "tokenizer": "feedbeef"}
-    with pytest.raises(UserError, match=r"are for the tokenizer of .* has another one \(feedbeef\); choose"):
-        train_doctor(base, store, config(tmp_path), options=OPTIONS)
+def test_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """It learns from its own tokens, guides the patient, and is not confused with a doctor of the patient's tokens."""
+    other = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS, begin="<|begin|>"), seed=7)
+    output = train_doctor(load(other), store, checkpointed(tmp_path / "doctor", max_steps=6), options=OPTIONS)
+    stored = DoctorConfig.load(output)
+    assert {key: stored.rewards_fingerprint[key] for key in store.fingerprint} == store.fingerprint
+    assert stored.base_fingerprint["tokenizer"] != store.fingerprint["tokenizer"]
+    assert (stored.metrics["train_pairs"], stored.metrics["held_out_pairs"]) == (9, 3)
+    patient = load(tiny_folder)
+    guide = load_guide(output, patient, dtype="float32", device="cpu")
+    assert isinstance(guide.reference, LoadedModel)
+    decoder = GuidedDecoder(patient, [guide])
+    request = Request.from_text("Hi", betas={"kind": 4.0}, sampling=SamplingParams(max_new_tokens=12, temperature=0.0))
+    guided, alone = decoder.generate([request, replace(request, betas={})])
+    assert guided.logps != pytest.approx(alone.logps, abs=1e-3)
+    with pytest.raises(FingerprintMismatch):
+        train_doctor(load(tiny_folder), store, checkpointed(output, max_steps=6), options=OPTIONS)
+
+
+def test_tokens_that_are_no_bytes_are_refused(store: RewardStore, tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(UserError, match="cannot be read as bytes"):
+        train_doctor(load(save_tiny(tmp_path / "other", tokenizer)), store, config(tmp_path / "d"), options=OPTIONS)
+    assert not (tmp_path / "d").exists()
 
 
 def test_too_few_pairs(tiny_folder: Path, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def train_reward_model(
         The folder; at once if it holds the finished result of these settings.
 
     Raises:
-        UserError: TRL is not installed, a β, rewards of another tokenizer, or too few pairs.
+        UserError: TRL is not installed, a β, rewards that cannot be carried
+            over to the base's tokens, or too few pairs.
         FingerprintMismatch: the folder was made with other settings, rewards or another base.
         TrainingDiverged: loss or gradient is not finite.
     """

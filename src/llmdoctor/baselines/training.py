@@ -28,9 +28,9 @@ from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import CONFIG_NAME as REWARD_CONFIG_NAME
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
+from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.train import (
     DoctorOptions,
-    _check_tokenizer,
     _claim_checkpoints,
     _split,
     lora_arguments,
@@ -151,7 +151,7 @@ def made_from(
     return {
         "base": base.spec,
         "base_fingerprint": dict(base.fingerprint),
-        "rewards_fingerprint": dict(rewards.fingerprint),
+        "rewards_fingerprint": dict(rewards_for(base, rewards).fingerprint),
         "training": {name: value for name, value in training.items() if value is not None},
         "versions": _versions("llmdoctor", "torch", "transformers", "peft", "trl"),
     }
@@ -163,7 +163,8 @@ def open_run(
     """Split the store, see what stands in `output`, and make the base ready to be trained.
 
     Raises:
-        UserError: rewards of another tokenizer or in the output folder itself, or too few pairs.
+        UserError: rewards in the output folder itself or of another tokenizer whose tokens are no bytes, or too few
+            pairs.
         FingerprintMismatch: the folder holds another result, or checkpoints of one.
         ValueError: `base` is part of a doctor already.
     """
@@ -172,8 +173,7 @@ def open_run(
         raise UserError(f"{output} holds the token rewards; give the {method} baseline a folder of its own")
     if hasattr(base.model, "peft_config"):
         raise ValueError(f"{base.spec} carries an adapter already; load the base again for another baseline")
-    _check_tokenizer(base, rewards)
-    train_set, held_out = _split(rewards, eval_fraction)
+    train_set, held_out = _split(rewards_for(base, rewards), eval_fraction)
     finished = output / _last_file(config)
     if not resume:
         # Else a run that is cut would leave the result of other settings to be found.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors
+from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations
 from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
@@ -72,7 +72,9 @@ def chat(
     )
     from llmdoctor.decoding.engine import GuidedDecoder
 
-    conversation = Conversation(run, GuidedDecoder(model, guides), params, alpha, betas, system)
+    decoder = GuidedDecoder(model, guides)
+    say_translations(run, decoder)
+    conversation = Conversation(run, decoder, params, alpha, betas, system)
     run.kept = "A conversation is not kept anywhere."
     run.progress.say(f"{conversation.settings()}; /help lists what else can be typed")
     while (line := _read_line()) is not None:

@@ -12,6 +12,7 @@ from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
+    from llmdoctor.decoding.engine import GuidedDecoder
     from llmdoctor.decoding.guides import Guide
     from llmdoctor.models.loading import LoadedModel
 
@@ -89,3 +90,28 @@ def load_doctors(
         guides.append(guide)
         betas[guide.name] = argument.beta
     return guides, betas
+
+
+def say_translations(run: Run, decoder: GuidedDecoder) -> None:
+    """Say which vocabularies are not the patient's, and how much of the patient's each can speak of."""
+    for made in {id(lane.translation): lane.translation for lane in decoder.lanes}.values():
+        if made is not None:
+            shares = made.shares
+            run.progress.say(
+                f"a doctor's vocabulary ({len(made.doctor)} tokens) is not the patient's ({len(made.patient)}): its "
+                f"tokens lead to {100 * shares['direct']:.0f} % of the patient's, another "
+                f"{100 * shares['first_piece']:.0f} % are scored by their first piece"
+            )
+
+
+def say_unmapped(run: Run, decoder: GuidedDecoder) -> None:
+    """Say how much of what the doctors said was lost in translation."""
+    tallies = [lane.tally for lane in decoder.lanes if lane.tally.positions]
+    if tallies:
+        positions = sum(tally.positions for tally in tallies)
+        unmapped = sum(tally.unmapped for tally in tallies) / positions
+        pieces = sum(tally.first_pieces for tally in tallies) / positions
+        run.progress.say(
+            f"translated: {100 * unmapped:.2g} % of the doctors' probability was on tokens that stand for none of the "
+            f"patient's, and {100 * pieces:.2g} % of the tokens were scored by their first piece"
+        )

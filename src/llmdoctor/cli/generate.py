@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors
+from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations, say_unmapped
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
     SAMPLING,
@@ -124,9 +124,11 @@ def generate(
     from llmdoctor.decoding.engine import GuidedDecoder
 
     decoder = GuidedDecoder(model, guides, max_batch_size=batch_size)
+    say_translations(run, decoder)
     judge = _judge(readout, model)
     if prompt is not None:
         _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params), judge, best_of)
+        say_unmapped(run, decoder)
         return
     mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
     if judge is not None:
@@ -138,6 +140,7 @@ def generate(
     ]
     drawing = decoder if judge is None else _best_of(decoder, judge, best_of)
     _answer_all(run, drawing, requests, ResultFile(output or Path(), recipe, overwrite=overwrite))
+    say_unmapped(run, decoder)
 
 
 def show_stream(pieces: Iterator[str]) -> Completion:

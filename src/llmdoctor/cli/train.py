@@ -33,8 +33,8 @@ _Base = Annotated[
     typer.Option(
         "--base",
         metavar="MODEL",
-        help="What the doctor is trained from: any model with the patient's tokenizer, a small one. "
-        "By default the patient that made the rewards.",
+        help="What the doctor is trained from: a small model, best one with the patient's tokenizer; to the tokens of "
+        "another the rewards are carried over. By default the patient that made the rewards.",
     ),
 ]
 _Dimension = Annotated[

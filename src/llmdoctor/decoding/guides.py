@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,13 @@ from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, check_doctor, local_folder
-from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
+from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
+from llmdoctor.models.vocab import Translation, Vocabulary, same_vocabulary
 
 FORMS = ("ratio", "product")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +54,9 @@ def load_guide(
 ) -> Guide:
     """A doctor's folder (or hub id) as a guide for `patient`.
 
+    Where its vocabulary is not the patient's it will be translated (`models.vocab`); a warning is logged where it was
+    trained on the rewards of a patient with yet another tokenizer than this one.
+
     Args:
         path: written by `llmdoctor train` or `Doctor.save_pretrained`.
         patient: the model it will guide.
@@ -57,23 +64,23 @@ def load_guide(
         form: "ratio" adds β (log π_doctor − log π_ref), "product" adds β log π_doctor.
 
     Raises:
-        UserError: no doctor there, or one whose vocabulary is not the patient's.
+        UserError: no doctor there.
     """
     if form not in FORMS:
         raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     folder = local_folder(path)
     config = DoctorConfig.load(folder)
-    theirs, ours = config.base_fingerprint.get("tokenizer"), tokenizer_fingerprint(patient.tokenizer)
-    if theirs != ours:
-        raise UserError(
-            f"the doctor {path} (base {config.base}, tokenizer {theirs}) and the patient {patient.spec} (tokenizer "
-            f"{ours}) do not share a vocabulary; train a doctor on a base with the patient's tokenizer"
-        )
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    on_patient = config.base_fingerprint.get("model") == patient.fingerprint.get("model")
+    on_patient = all(config.base_fingerprint.get(key) == patient.fingerprint.get(key) for key in ("model", "tokenizer"))
     # The same weights under another name will do: the recorded base may be a folder of another machine.
     spec = patient.spec if on_patient else config.base
     name = name or config.dimension or Path(path).name
+    learnt_from = config.rewards_fingerprint.get("tokenizer")
+    if learnt_from and not _shares(patient, learnt_from):
+        _logger.warning(
+            "the doctor %s was trained on the rewards of a patient with another tokenizer (%s) than %s has (%s)",
+            *(path, learnt_from, patient.spec, patient.fingerprint.get("tokenizer")),
+        )
     reference: LoadedModel | Literal["patient"] | None = None
     if config.lora:
         # One copy of the base serves the doctor, its reference and, where it is the same, the patient.
@@ -94,14 +101,47 @@ def load_guide(
 
 
 @dataclass
+class Tally:
+    """What translating a lane's model has left out so far.
+
+    Attributes:
+        positions: distributions that were translated.
+        unmapped: sum over them of the probability of tokens that stand for none of the patient's.
+        first_pieces: tokens drawn that were scored by their first piece alone.
+    """
+
+    positions: int = 0
+    unmapped: float = 0.0
+    first_pieces: int = 0
+
+    @property
+    def unmapped_mass(self) -> float:
+        """Mean probability a position; 0 where there was none."""
+        return self.unmapped / self.positions if self.positions else 0.0
+
+    @property
+    def first_piece_share(self) -> float:
+        """Share of the drawn tokens that were scored by their first piece."""
+        return self.first_pieces / self.positions if self.positions else 0.0
+
+
+@dataclass
 class LaneSpec:
-    """One model that runs at every position, how it reads a conversation, and the voices it has there."""
+    """One model that runs at every position, how it reads a conversation, and the voices it has there.
+
+    Attributes:
+        voices: adapters that it is run with; None is the bare model.
+        translation: into the patient's vocabulary; None where the model shares it.
+        tally: of what the translation leaves out.
+    """
 
     model: Any
     encoder: ChatEncoder
     head: LogitsHead
     system: str | None = None
     voices: list[Adapter | None] = field(default_factory=lambda: [None])
+    translation: Translation | None = None
+    tally: Tally = field(default_factory=Tally)
 
 
 Voice = tuple[int, int]
@@ -112,17 +152,36 @@ def lanes_of(patient: LoadedModel, guides: list[Guide]) -> tuple[list[LaneSpec],
     """The models to run (the patient first), and for each guide the voices of itself and of its reference.
 
     The patient's own voice is the first of the first lane.
+
+    Raises:
+        UserError: a guide whose vocabulary is not the patient's and cannot be translated.
     """
     lanes: list[LaneSpec] = []
+    translations: list[tuple[LoadedModel, frozenset[int], Translation]] = []
+
+    def translation(loaded: LoadedModel, encoder: ChatEncoder) -> Translation | None:
+        if not lanes or _shares(patient, loaded.fingerprint.get("tokenizer")):
+            return None
+        for known, stops, made in translations:
+            if stops == encoder.stop_ids and same_vocabulary(known.tokenizer, loaded.tokenizer):
+                return made
+        width = int(patient.model.get_output_embeddings().weight.shape[0])
+        made = Translation(Vocabulary.of(lanes[0].encoder), Vocabulary.of(encoder), width)
+        translations.append((loaded, encoder.stop_ids, made))
+        return made
 
     def voice(loaded: LoadedModel, system: str | None, adapter: Adapter | None = None) -> Voice:
         for index, known in enumerate(lanes):
             if known.model is loaded.model and known.system == system:
                 if not any(adapter is heard for heard in known.voices):
+                    # A lane that translates reads each voice's own split of the text.
+                    if known.translation is not None:
+                        continue
                     known.voices.append(adapter)
                 return index, next(place for place, heard in enumerate(known.voices) if heard is adapter)
         encoder = ChatEncoder.for_model(loaded.model, loaded.tokenizer)
-        lanes.append(LaneSpec(loaded.model, encoder, LogitsHead.for_model(loaded.model), system, [adapter]))
+        head = LogitsHead.for_model(loaded.model)
+        lanes.append(LaneSpec(loaded.model, encoder, head, system, [adapter], translation(loaded, encoder)))
         return len(lanes) - 1, 0
 
     voice(patient, None)
@@ -135,3 +194,7 @@ def lanes_of(patient: LoadedModel, guides: list[Guide]) -> tuple[list[LaneSpec],
             # Under a system prompt of the guide's own, its reference is not what the patient says without it.
             references.append(voice(patient if guide.reference == "patient" else guide.reference, guide.system))
     return lanes, guide_voices, references
+
+
+def _shares(patient: LoadedModel, tokenizer: str | None) -> bool:
+    return tokenizer == patient.fingerprint.get("tokenizer")

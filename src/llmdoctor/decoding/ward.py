@@ -14,6 +14,7 @@ from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.row import Row
+from llmdoctor.decoding.translated_lane import TranslatedLane, open_lane
 
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped when at most this share is alive: dropping copies every cache."""
@@ -43,7 +44,7 @@ class Ward:
     def clear(self) -> None:
         """Let all rows go."""
         self.rows: list[Row] = []
-        self._lanes: list[Lane] = []
+        self._lanes: list[Lane | TranslatedLane] = []
         self.logits: list[Tensor] = []
         self.tokens = torch.empty(0, dtype=torch.long)
 
@@ -62,14 +63,16 @@ class Ward:
         rows = list(rows)
         # Asked before this ward changes: what fails in here leaves it as it was.
         room = max(min(row.request.sampling.max_new_tokens, row.room) for row in (*self.rows, *rows))
-        texts = [[row.prompts[index] + row.completion.token_ids for row in rows] for index in range(len(self._specs))]
-        fresh = [Lane(spec, prompts, room) for spec, prompts in zip(self._specs, texts, strict=True)]
+        said = [row.completion.token_ids for row in rows]
+        fresh = [
+            open_lane(spec, [row.prompts[index] for row in rows], said, room) for index, spec in enumerate(self._specs)
+        ]
         logits = [lane.prefill().unflatten(0, (-1, len(rows))) for lane in fresh]
         everyone = [*self.rows, *rows]
         controls = Controls(everyone, self._names, fresh[0].device, fresh[0].width)
         if self.rows:
             for lane, other in zip(self._lanes, fresh, strict=True):
-                lane.join(other, room)
+                lane.join(other, room)  # type: ignore[arg-type]  # lanes of one spec are of one kind
             self.logits = [torch.cat(pair, dim=1) for pair in zip(self.logits, logits, strict=True)]
         else:
             self._lanes, self.logits = fresh, logits

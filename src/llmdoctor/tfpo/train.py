@@ -19,6 +19,7 @@ from llmdoctor.files import digest, write_json
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
+from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
 
@@ -79,7 +80,8 @@ def train_doctor(
 
     Args:
         base: the doctor's base model; it is trained in place (adapters on top, or all weights).
-        rewards: from stage 1, made with the base's tokenizer.
+        rewards: from stage 1; where the base has another tokenizer than the patient that gave them, they are carried
+            over to its tokens (`rewards.transfer`).
         config: training arguments; `output_dir` is the doctor's folder.
         options: what is trained; defaults if None.
         dimension: name of what the doctor is for; the faces' name if empty.
@@ -91,7 +93,8 @@ def train_doctor(
         The doctor's folder.
 
     Raises:
-        UserError: rewards of another tokenizer or in the doctor's own folder, or too few pairs.
+        UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, or too few
+            pairs.
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
@@ -100,7 +103,7 @@ def train_doctor(
     config = copy.copy(config)
     if output.resolve() == rewards.folder.resolve():
         raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
-    _check_tokenizer(base, rewards)
+    rewards = rewards_for(base, rewards)
     doctor = Doctor.from_base(
         base,
         lora=lora_arguments(base.model, options) if options.lora else None,
@@ -166,15 +169,6 @@ def _is_json(path: Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return True
-
-
-def _check_tokenizer(base: LoadedModel, rewards: RewardStore) -> None:
-    theirs, ours = rewards.fingerprint.get("tokenizer"), base.fingerprint["tokenizer"]
-    if theirs != ours:
-        raise UserError(
-            f"the rewards in {rewards.folder} are for the tokenizer of {rewards.manifest['patient']} ({theirs}), but "
-            f"{base.spec} has another one ({ours}); choose a doctor base with the patient's tokenizer"
-        )
 
 
 def _split(rewards: RewardStore, eval_fraction: float) -> tuple[Any, Any | None]:
