@@ -42,7 +42,7 @@ class ShrinkOptions:
         keep: which layers to keep instead, by number from 0, such as 0,1,2,29.
         tokens: how many tokens of the patient's own answers to learn from. More cost time in proportion and agree
             better; most of the time goes into drawing them and into the passes over them.
-        epochs: passes over them.
+        epochs: passes over the answers.
         max_new_tokens: longest answer. The small model is at its best up to about this length.
         held_out: prompts whose answers are not learned from but measured on.
         learning_rate: peak of a cosine schedule.
