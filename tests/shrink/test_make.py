@@ -18,6 +18,7 @@ from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
 from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink import make
 from llmdoctor.shrink.layers import keep_layers
 from llmdoctor.shrink.losses import distillation_loss
@@ -108,6 +109,17 @@ def test_the_figures_are_those_of_the_stored_model(
     assert record["tokens"]["held_out"] == tokens
     assert record["held_out"]["after"]["acceptance"] == pytest.approx(accepted / tokens, abs=1e-4)
     assert record["held_out"]["after"]["kl"] == pytest.approx(kl / tokens, abs=1e-4)
+
+
+def test_figures_in_bfloat16_are_those_of_the_stored_model(deep_folder: Path, tmp_path: Path) -> None:
+    """To the last bit: the same weights, and the same rotary frequencies, which a plain cast would round."""
+    patient = load_model(str(deep_folder), dtype="bfloat16", device="cpu")
+    record = shrink(patient, PROMPTS, tmp_path / "small", options=replace(OPTIONS, tokens=200, epochs=1))
+    small = load_model(str(tmp_path / "small"), dtype="bfloat16", device="cpu").model
+    small.set_attn_implementation("eager")
+    mixed = make.random.Random(0).sample(PROMPTS, len(PROMPTS))
+    held = Sampler(patient, tmp_path / "answers", OPTIONS.max_new_tokens, 0).draw("held-out", mixed[-8:], 1)
+    assert make._measure(small, held, LogitsHead.for_model(patient.model)) == record["held_out"]["after"]
 
 
 def test_total_variation_takes_over_as_training_goes_on(

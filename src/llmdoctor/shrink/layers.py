@@ -56,7 +56,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int], dtype: torch.dtype 
     """
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    small = type(model)(small_config(model.config, kept)).to(device=model.device, dtype=dtype)
+    small = cast_weights(type(model)(small_config(model.config, kept)).to(model.device), dtype)
     places = {old: new for new, old in enumerate(kept)}
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -74,6 +74,14 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int], dtype: torch.dtype 
         ) from error
     small.generation_config = copy.deepcopy(model.generation_config)
     return small
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in `dtype`, in place; as loaded models have it, rotary frequencies keep float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def small_config(config: Any, kept: Sequence[int]) -> Any:

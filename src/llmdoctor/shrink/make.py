@@ -23,7 +23,7 @@ from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.files import atomic_folder, digest, write_json
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
-from llmdoctor.shrink.layers import choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
+from llmdoctor.shrink.layers import cast_weights, choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
 from llmdoctor.shrink.losses import distillation_loss, mean_overlap
 from llmdoctor.shrink.samples import Answer, Sampler, right_padded
 from llmdoctor.tfpo.train import last_checkpoint
@@ -42,7 +42,7 @@ class ShrinkOptions:
         keep: which layers to keep instead, by number from 0, such as 0,1,2,29.
         tokens: how many tokens of the patient's own answers to learn from. More cost time in proportion and agree
             better; most of the time goes into drawing them and into the passes over them.
-        epochs: passes over them.
+        epochs: passes over the answers.
         max_new_tokens: longest answer. The small model is at its best up to about this length.
         held_out: prompts whose answers are not learned from but measured on.
         learning_rate: peak of a cosine schedule.
@@ -136,7 +136,7 @@ def shrink(
     learned, held = _answers(patient, prompts, parts / "answers", options, progress)
     before = _measure(small, held, head)
     _train(small, learned, head, parts / "checkpoints", options, callbacks)
-    small.to(patient.model.dtype)
+    cast_weights(small, patient.model.dtype)
     record = {
         "schema": SCHEMA,
         "patient": patient.spec,
