@@ -320,9 +320,14 @@ def test_a_killed_run_goes_on(
         assert {name: last[name] for name in found} == found
     end = cell_files(output)
     whole = cell_files(compared.output)
-    assert {name: answers_of(content) for name, (_, content) in end.items()} == {
-        name: answers_of(whole[name][1]) for name in end
-    }
+    for name, (_, content) in end.items():
+        for one, other in zip(answers_of(content), answers_of(whole[name][1]), strict=True):
+            # Rounded to four places, and in float32 the last one may fall on either side.
+            for key, places in {"kl": 2e-4, "patient_logp": 2e-4}.items():
+                assert one.pop(key) == pytest.approx(other.pop(key), abs=places)
+            shifts = [[value for _, value in answer.pop("marks")] for answer in (one, other)]
+            assert shifts[0] == pytest.approx(shifts[1], abs=2e-3)
+            assert one == other
     methods = {name.split("/")[2] for name in end}
     assert methods == {DOCTOR, PATIENT, BEST_OF_N, "genarm"}
     rows = json.loads((output / "table.json").read_text())
@@ -330,7 +335,10 @@ def test_a_killed_run_goes_on(
     timed = {"tokens_per_second"}
     for row in rows:
         other = reference[row["method"], row["at"]]
-        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+        assert row.keys() == other.keys()
+        for key in row.keys() - timed:
+            number = isinstance(row[key], float)
+            assert row[key] == (pytest.approx(other[key], abs=2e-4) if number else other[key]), key
 
 
 def test_options_refuse_what_cannot_be() -> None:
