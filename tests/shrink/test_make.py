@@ -143,9 +143,11 @@ def test_a_finished_run_does_nothing_again(
 ) -> None:
     folder, record = made
     before = weights(folder)
+    folder.with_name("small.parts").mkdir()
     monkeypatch.setattr(make, "keep_layers", lambda *_: pytest.fail("work"))
     assert shrink(load(deep_folder), PROMPTS, folder, options=OPTIONS) == record
     assert weights(folder) == before
+    assert not folder.with_name("small.parts").exists(), "what a kill at the very end had left"
     for options, prompts in ((replace(OPTIONS, seed=1), PROMPTS), (OPTIONS, PROMPTS[1:])):
         with pytest.raises(FingerprintMismatch, match=r"was made from other inputs .*stored .*, now "):
             shrink(load(deep_folder), prompts, folder, options=options)
@@ -237,7 +239,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(deep_folder: Path, tmp_p
         shrink(load(deep_folder), PROMPTS, output, options=OPTIONS)
 
 
-def test_bad_input(deep_folder: Path, patient: LoadedModel, tmp_path: Path) -> None:
+def test_bad_input(patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "small"
     for options, message in (
         (replace(OPTIONS, layers=5), "fewer than the 5 there are, got 5"),
@@ -246,6 +248,13 @@ def test_bad_input(deep_folder: Path, patient: LoadedModel, tmp_path: Path) -> N
     ):
         with pytest.raises(UserError, match=message):
             shrink(patient, PROMPTS, output, options=options)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            patient.model.lm_head, "forward", lambda hidden: hidden[..., :1].expand(*hidden.shape[:-1], 300)
+        )
+        patched.setattr(LogitsHead, "logits", lambda self, hidden: hidden.new_zeros(*hidden.shape[:-1], 300))
+        with pytest.raises(UserError, match=r"cannot be shrunk: LlamaForCausalLM: logits are not head\(hidden state\)"):
+            shrink(patient, PROMPTS, output, options=OPTIONS)
     assert not list(tmp_path.iterdir()), "refused before anything is written"
     output.mkdir()
     (output / "mine.txt").write_text("precious")

@@ -126,13 +126,18 @@ def shrink(
         "options": digest({**asdict(options), "kept": kept}),
     }
     finished = _finished(output, fingerprint)
-    if finished is not None:
-        return finished
     parts = output.with_name(f"{output.name}.parts")
-    _claim(parts, fingerprint)
-    # Before hours of drawing, not after them.
+    if finished is not None:
+        # A run that was killed at its very end.
+        shutil.rmtree(parts, ignore_errors=True)
+        return finished
+    # Refused before anything is drawn, not after hours.
     small = keep_layers(patient.model, kept)
-    head = LogitsHead.for_model(patient.model)
+    try:
+        head = LogitsHead.for_model(patient.model)
+    except ValueError as error:
+        raise UserError(f"{patient.spec} cannot be shrunk: {error}") from error
+    _claim(parts, fingerprint)
     learned, held = _answers(patient, prompts, parts / "answers", options, progress)
     before = _measure(small, held, head)
     _train(small, learned, head, parts / "checkpoints", options, callbacks)
