@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from tests.cli.harness import CPU, Cli
 
-from llmdoctor.cli.shrink import _dtype_for_batches
 from llmdoctor.models.doctor import DoctorConfig
 from llmdoctor.models.loading import load_model
 from llmdoctor.shrink import samples
@@ -97,20 +94,3 @@ def test_the_small_model_is_stored_in_the_patients_dtype(
     small = load_model(str(tmp_path / "small"), device="cpu", dtype="auto")
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
     assert small.model.config.num_hidden_layers == 1
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "probe", "expected"),
-    [
-        ("auto", "cpu", lambda: True, "bfloat16"),
-        ("auto", "cpu", lambda: False, "auto"),
-        ("auto", "cpu", None, "auto"),
-        ("float32", "cpu", lambda: True, "float32"),
-        ("auto", "cuda", lambda: True, "auto"),
-    ],
-)
-def test_batches_are_multiplied_in_bfloat16_where_the_cpu_does(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, probe: Callable[[], bool] | None, expected: str
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", probe, raising=False)
-    assert _dtype_for_batches(dtype, device) == expected

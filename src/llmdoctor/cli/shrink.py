@@ -54,7 +54,7 @@ def shrink(
     from llmdoctor.shrink.make import shrink as make_small
 
     chosen = ShrinkOptions(**options, **training)
-    model = load(run, patient, _dtype_for_batches(dtype, device), device, trust_remote_code)
+    model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Answers and checkpoints are kept in {output}.parts; the same command goes on from there."
     run.progress.start("drawing answers", chosen.tokens, "tokens")
     with quiet_training(run.verbose):
@@ -80,16 +80,3 @@ def shrink(
     )
     run.say(f"the small model is in {output}")
     next_command(run, "train", "--rewards", "runs/rewards", "--base", output, "-o", "runs/doctor")
-
-
-def _dtype_for_batches(dtype: str, device: str) -> str:
-    """`auto` is bfloat16 on every CPU that multiplies it in hardware, not only on those with AMX.
-
-    A training step takes 2.6 times as long in float32 on a CPU with AVX-512 BF16 alone.
-    """
-    import torch
-
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    # A private probe, the only one there is: absent from some versions, and then `auto` stays what it is.
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "bfloat16" if dtype == "auto" and on_cpu and probe is not None and probe() else dtype
