@@ -70,7 +70,8 @@ def test_totals_are_kept(led: bool, text: str, terminal: bool, data: st.DataObje
     values = data.draw(st.lists(st.floats(-1, 1), min_size=len(ids), max_size=len(ids)))
     vocabulary = Vocabulary.of(theirs)
     got, carried = carry(ours.token_texts(ids), terminal, {"rewards": values}, theirs, vocabulary)
-    assert got == theirs.completion(text, terminal).ids
+    # Not `text`: sentencepiece puts a space into a text that spells a control token, where it is cut.
+    assert got == theirs.completion(ours.decode(ids), terminal).ids
     assert len(carried["rewards"]) == len(got)
     assert sum(carried["rewards"]) == pytest.approx(sum(values), abs=1e-9)
     if terminal:
