@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmdoctor.errors import FingerprintMismatch
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -70,6 +72,15 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def claim(folder: Path, fingerprint: dict[str, str], fix: str) -> None:
+    """Write down what the unfinished work in `folder` is, once; FingerprintMismatch with `fix` if it is another one's."""
+    marker = folder / "fingerprint.json"
+    if not marker.is_file():
+        write_json(marker, fingerprint)
+    elif (stored := json.loads(marker.read_text(encoding="utf-8"))) != fingerprint:
+        raise FingerprintMismatch(str(folder), stored, fingerprint, fix)
 
 
 def sha256_file(path: Path) -> str:

@@ -17,9 +17,9 @@ from llmdoctor.data.preferences import PreferencePair, write_pairs
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
-from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.errors import UserError
 from llmdoctor.evaluation.scorers import Scorer
-from llmdoctor.files import digest, write_json, write_text
+from llmdoctor.files import claim, digest, write_json, write_text
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.faces import FacePair
 
@@ -96,7 +96,7 @@ def make_pairs(
         raise UserError("there are no prompts to answer")
     recipe = _recipe(patient, prompts, judge, options)
     parts = target.with_name(f"{target.name}.parts")
-    _claim(parts, recipe["fingerprint"])
+    claim(parts, recipe["fingerprint"], "Delete that folder, or give another output file.")
     decoder = GuidedDecoder(patient, max_batch_size=options.batch_size)
     pairs: list[PreferencePair] = []
     answered = 0
@@ -143,18 +143,6 @@ def _recipe(
         },
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
     }
-
-
-def _claim(parts: Path, fingerprint: dict[str, str]) -> None:
-    marker = parts / "fingerprint.json"
-    if marker.is_file():
-        stored = json.loads(marker.read_text(encoding="utf-8"))
-        if stored != fingerprint:
-            raise FingerprintMismatch(
-                str(parts), stored, fingerprint, "Delete that folder, or give another output file."
-            )
-    else:
-        write_json(marker, fingerprint)
 
 
 def _blocks(prompts: Sequence[Prompt], options: PairOptions, judge: Scorer | FacePair) -> Iterator[Sequence[Prompt]]:

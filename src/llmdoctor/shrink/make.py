@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
-from llmdoctor.files import atomic_folder, digest, write_json
+from llmdoctor.files import atomic_folder, claim, digest, write_json
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink.layers import cast_weights, choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
@@ -137,7 +137,7 @@ def shrink(
         head = LogitsHead.for_model(patient.model)
     except ValueError as error:
         raise UserError(f"{patient.spec} cannot be shrunk: {error}") from error
-    _claim(parts, fingerprint)
+    claim(parts, fingerprint, "Delete that folder, or give another output folder.")
     learned, held = _answers(patient, prompts, parts / "answers", options, progress)
     before = _measure(small, held, head)
     _train(small, learned, head, parts / "checkpoints", options, callbacks)
@@ -325,18 +325,6 @@ def _finished(output: Path, fingerprint: dict[str, str]) -> dict[str, Any] | Non
             str(output), record["fingerprint"], fingerprint, "Delete that folder, or give another output folder."
         )
     return record
-
-
-def _claim(parts: Path, fingerprint: dict[str, str]) -> None:
-    marker = parts / "fingerprint.json"
-    if marker.is_file():
-        stored = json.loads(marker.read_text(encoding="utf-8"))
-        if stored != fingerprint:
-            raise FingerprintMismatch(
-                str(parts), stored, fingerprint, "Delete that folder, or give another output folder."
-            )
-    else:
-        write_json(marker, fingerprint)
 
 
 def _save(small: Any, patient: LoadedModel, record: dict[str, Any], output: Path) -> None:
