@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.killing import JobServer
+from tests.tiny import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llmdoctor.models.loading import LoadedModel, load_model
 
@@ -55,28 +55,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """The tiny model and its tokenizer as a folder. Shared: a test that changes files copies it first."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tiny_tokenizer),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                # Wide enough that distributions are far from uniform and a wrong token or position shows.
-                initializer_range=0.2,
-                bos_token_id=tiny_tokenizer.bos_token_id,
-                eos_token_id=tiny_tokenizer.eos_token_id,
-                pad_token_id=tiny_tokenizer.pad_token_id,
-            )
-        )
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny"), tiny_tokenizer)
 
 
 @pytest.fixture

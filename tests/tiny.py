@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.models.doctor import Doctor
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards
 from llmdoctor.rewards.faces import FacePair
 from llmdoctor.rewards.store import RewardStore
@@ -24,6 +24,11 @@ from llmdoctor.tfpo.config import TFPOConfig
 FACES = FacePair("kind", "Be kind.", "Be rude to them.")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 _WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "house", "Hello", "how", "are", "you", "zebra", "é", "7"]
+
+
+def load(folder: Path) -> LoadedModel:
+    """The model of a folder, in float32 on the CPU."""
+    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 def pair(chosen: str, rejected: str, prompt: str = "Hi", **options: Any) -> PreferencePair:
@@ -138,7 +143,16 @@ def sentencepiece(corpus: Sequence[str]) -> Any:
     )
 
 
-def save_tiny(folder: Path, tokenizer: Any, *, seed: int = 0, context: int = 512, extra_rows: int = 0) -> Path:
+def save_tiny(
+    folder: Path,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    context: int = 512,
+    extra_rows: int = 0,
+    layers: int = 2,
+    tied: bool = False,
+) -> Path:
     """A tiny random Llama with this tokenizer as a folder; its embeddings may have `extra_rows` beyond the tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,11 +161,14 @@ def save_tiny(folder: Path, tokenizer: Any, *, seed: int = 0, context: int = 512
                 vocab_size=len(tokenizer) + extra_rows,
                 hidden_size=32,
                 intermediate_size=48,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=context,
+                tie_word_embeddings=tied,
+                # Wide enough that distributions are far from uniform and a wrong token or position shows.
                 initializer_range=0.2,
+                bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )

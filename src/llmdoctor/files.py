@@ -75,7 +75,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def claim(folder: Path, fingerprint: dict[str, str], fix: str) -> None:
-    """Write down what the unfinished work in `folder` is, once; FingerprintMismatch with `fix` if it is another one's."""
+    """Write down what the unfinished work in `folder` is; FingerprintMismatch, with `fix`, if it is another one's."""
     marker = folder / "fingerprint.json"
     if not marker.is_file():
         write_json(marker, fingerprint)

@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import acquire, fresh_doctor, naive_logps, pair, shaken, some_pairs
+from tests.tiny import acquire, fresh_doctor, load, naive_logps, pair, shaken, some_pairs
 
 from llmdoctor.baselines.implicit import ImplicitReward, accuracy, held_out_metrics, implicit_rewards
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import SIDES, RewardStore
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

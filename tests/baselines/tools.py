@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import fresh_doctor, shaken
+from tests.tiny import fresh_doctor, load, shaken
 from torch import Tensor
 
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import RewardModel, base_classifier
 
 TEXTS = ["Hi", "the cat sat on the mat and the dog ran", "zebra? é 7", "how are you today, and " * 3]
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 def other(folder: Path, seed: int = 1) -> LoadedModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import fresh_doctor, shaken
+from tests.tiny import fresh_doctor, load, shaken
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -23,10 +23,6 @@ from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel, load_model
 
 TEXTS = ["Hi", "the cat sat on the mat and the dog ran", "zebra? é 7", "how are you today, and " * 3]
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.tiny import OTHER_CORPUS, byte_level, fresh_doctor, save_tiny, shaken
+from tests.tiny import OTHER_CORPUS, byte_level, fresh_doctor, load, save_tiny, shaken
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -14,11 +14,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, lanes_of, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
-from llmdoctor.models.loading import LoadedModel, load_model
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
+from llmdoctor.models.loading import LoadedModel
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import LORA, shaken
+from tests.tiny import LORA, load, shaken
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -29,7 +29,7 @@ from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.network import network_of
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import load_model
 from llmdoctor.models.logps import LogitsHead
 
 SIZES = {
@@ -162,10 +162,6 @@ def folders(tiny_folder: Path, tmp_path: Path) -> list[Path]:
             doctor.save_pretrained(tmp_path / str(number))
             found.append(tmp_path / str(number))
     return found
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 def merged(folder: Path, base: Path) -> Any:

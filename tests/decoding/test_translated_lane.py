@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import CORPUS, OTHER_CORPUS, byte_level, fresh_doctor, save_tiny, sentencepiece, shaken
+from tests.tiny import CORPUS, OTHER_CORPUS, byte_level, fresh_doctor, load, save_tiny, sentencepiece, shaken
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -22,7 +22,7 @@ from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.decoding.translated_lane import TranslatedLane, open_lane
 from llmdoctor.errors import UserError
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.models.vocab import Translation, Vocabulary
 
@@ -34,10 +34,6 @@ EXTRA_ROWS = 3
 def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

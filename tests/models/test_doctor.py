@@ -13,21 +13,17 @@ import peft.utils.save_and_load
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import acquire, config, fresh_doctor, naive_logps, shaken, some_pairs, tensors
+from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken, some_pairs, tensors
 
 from llmdoctor.errors import UserError
 from llmdoctor.models import doctor as doctor_module
 from llmdoctor.models.card import model_card
 from llmdoctor.models.doctor import Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint, weights_fingerprint
+from llmdoctor.models.loading import tokenizer_fingerprint, weights_fingerprint
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
 PROMPTS = [[5, 6, 7], list(range(20, 40))]
 COMPLETIONS = [[9, 8, 7, 6, 2], [30, 2]]
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:

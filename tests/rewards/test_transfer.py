@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import CORPUS, OTHER_CORPUS, acquire, byte_level, pair, save_tiny, sentencepiece
+from tests.tiny import CORPUS, OTHER_CORPUS, acquire, byte_level, load, pair, save_tiny, sentencepiece
 from tokenizers import normalizers
 
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.vocab import Vocabulary
 from llmdoctor.rewards.acquire import ScoringOptions
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.rewards.transfer import CARRIED, TransferredRewards, carry, rewards_for, share_out
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.killing import JobServer, last_step
-from tests.tiny import naive_logps, tensors
+from tests.tiny import load, naive_logps, tensors
 
 from llmdoctor.data.prompts import Prompt, load_prompts
 from llmdoctor.decoding.engine import GuidedDecoder
@@ -29,10 +29,6 @@ PROMPTS = [Prompt(f"p{number}", ({"role": "user", "content": f"{number} the cat"
 OPTIONS = ShrinkOptions(
     layers=3, tokens=1500, epochs=4, max_new_tokens=16, held_out=8, batch_tokens=200, learning_rate=1e-2
 )
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

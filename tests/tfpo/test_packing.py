@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import acquire, config, fresh_doctor, naive_logps, shaken, some_pairs, tensors
+from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken, some_pairs, tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MistralConfig, Qwen3Config
 
 from llmdoctor.baselines.genarm import GenARMTrainer
 from llmdoctor.data.collate import RewardCollator
 from llmdoctor.models.doctor import Doctor
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.packing import PackedPairs, can_pack
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.tfpo.trainer import TFPOTrainer
@@ -31,10 +31,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.killing import JobServer, last_step
-from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, save_tiny, some_pairs, tensors
+from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, load, save_tiny, some_pairs, tensors
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -17,14 +17,10 @@ from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.train import DoctorOptions, last_checkpoint, train_doctor
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

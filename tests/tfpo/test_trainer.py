@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tests.tiny import acquire, config, fresh_doctor, naive_logps, pair, shaken, some_pairs, tensors
+from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, pair, shaken, some_pairs, tensors
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.collate import RewardCollator
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.trainer import TFPOTrainer, _pair_value_loss, preference_metrics, with_reference
-
-
-def load(folder: Path) -> LoadedModel:
-    return load_model(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
