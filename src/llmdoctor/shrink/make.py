@@ -56,11 +56,11 @@ class ShrinkOptions:
     layers: int = 5
     keep: str | None = None
     tokens: int = 150000
-    epochs: float = 4.0
+    epochs: float = 3.0
     max_new_tokens: int = 128
     held_out: int = 32
     learning_rate: float = 1e-3
-    batch_tokens: int = 512
+    batch_tokens: int = 256
     tv_weight: float = 1.0
     seed: int = 0
 
