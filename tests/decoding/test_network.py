@@ -100,7 +100,7 @@ def test_a_text_longer_than_the_table_of_angles(model: Any) -> None:
     assert torch.allclose(got, expected[:, 100:], atol=1e-3)
 
 
-def test_no_weight_is_held_twice_and_the_model_stays_itself(model: Any) -> None:
+def test_no_weight_is_held_twice_and_the_model_stays_itself(model: Any, tmp_path: Path) -> None:
     decoder = model.get_decoder()
     ids = torch.arange(9)[None]
     before = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -112,6 +112,9 @@ def test_no_weight_is_held_twice_and_the_model_stays_itself(model: Any) -> None:
     for block in network._blocks:
         assert all(linear.weight.untyped_storage().data_ptr() in storages for linear in block.linears)
     assert network_of(decoder) is network
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
 def test_moved_weights_are_noticed(model: Any) -> None:
@@ -193,10 +196,10 @@ def test_voices_are_the_merged_models(folders: list[Path], tiny_folder: Path) ->
         check(lane, lane.step(torch.full((4,), 11)), rows)
         lane.keep([2, 0])
         rows = [rows[2], rows[0]]
-        # Three tokens to one row and one to the other; the first then takes one of its back.
+        # Three tokens to one row and one to the other; the first then takes one of them back.
         states = lane.feed(torch.tensor([[20, 21, 22], [23, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
         check(lane, lane.outputs(states[:, 0]), [[*rows[0], 20], [*rows[1], 23]])
-        lane.truncate(torch.tensor([2, 1]), 3)
+        lane.erase([0], [lane.mask.shape[1] - 1])
         rows = [[*rows[0], 20, 21, 12], [*rows[1], 23, 12]]
         check(lane, lane.step(torch.tensor([12, 12])), rows)
         guest = Lane(spec, [[8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8], [3]], 2)

@@ -121,7 +121,7 @@ class Lane:
         Raises:
             UserError: a model whose attention is not full in every layer.
         """
-        self._need_full_attention()
+        self.need_full_attention()
         rows, count = candidates.shape
         alone = torch.eye(count, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
         seen = torch.cat([self._mask.bool()[:, None].expand(-1, count, -1), alone], dim=-1)
@@ -160,7 +160,7 @@ class Lane:
         Raises:
             UserError: a model whose attention is not full in every layer.
         """
-        self._need_full_attention()
+        self.need_full_attention()
         index = torch.tensor(places, device=self.device)
         spread = self._spread(index, len(self._mask))
         twin = copy.copy(self)
@@ -198,7 +198,7 @@ class Lane:
         Raises:
             UserError: a model whose attention is not full in every layer.
         """
-        self._need_full_attention()
+        self.need_full_attention()
         for place, start in zip(places, starts, strict=True):
             self._mask[place, start:] = 0
 
@@ -225,7 +225,7 @@ class Lane:
         Raises:
             UserError: a model whose attention is not full in every layer.
         """
-        self._need_full_attention()
+        self.need_full_attention()
         if self.has_holes:
             self.pack()
         width = max(self._mask.shape[1], other._mask.shape[1])
@@ -234,21 +234,13 @@ class Lane:
         masks = [torch.nn.functional.pad(lane._mask, (width - lane._mask.shape[1], 0)) for lane in (self, other)]
         self._mask = torch.cat(masks)
 
-    def truncate(self, counts: Tensor, columns: int) -> None:
-        """Of the last `columns`, let each row keep its first `counts` [B] only; what no row keeps is dropped.
-
-        Raises:
-            UserError: a model whose attention is not full in every layer.
-        """
-        self._need_full_attention()
-        start = self._mask.shape[1] - columns
-        kept = int(counts.max())
-        if kept < columns:
-            self._cache.crop(kept - columns)
-        column = torch.arange(kept, device=self.device)
-        self._mask = torch.cat(
-            [self._mask[:, :start], self._mask[:, start : start + kept] * (column < counts.to(self.device)[:, None])], 1
-        )
+    def need_full_attention(self) -> None:
+        """UserError for a model whose attention is not full in every layer."""
+        if not sees_everything(self._cache):
+            raise UserError(
+                f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text; this "
+                "method needs full attention in every layer"
+            )
 
     def _is_forked(self, number: int) -> bool:
         """Whether a layer is run, and cached, for each voice by itself."""
@@ -257,13 +249,6 @@ class Lane:
     def _spread(self, index: Tensor, rows: int) -> Tensor:
         """Places among `rows` -> the places of all voices."""
         return torch.cat([index + voice * rows for voice in range(len(self._voices))])
-
-    def _need_full_attention(self) -> None:
-        if not sees_everything(self._cache):
-            raise UserError(
-                f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text; this "
-                "method needs full attention in every layer"
-            )
 
     def _outputs(self, hidden: Tensor) -> Tensor:
         # Contiguous [B, D] first: a strided slice would make torch multiply row by row with copies of the whole head.

@@ -86,7 +86,7 @@ class TranslatedLane:
         self._translation: Translation = spec.translation
         self._spec = spec
         self._lane = Lane(spec, prompts, room)
-        self._lane.erase([], [])
+        self._lane.need_full_attention()
         self._said = said
         self._context = context_of(spec.model)
         self._texts = [_Text(len(ids)) for ids in prompts]
