@@ -76,7 +76,6 @@ def answers(
     busy = time.process_time() - start
     texts = [row.text for row in done]
     scores = get_scorer("vader")(texts)
-    positions = sum(lane.tally.positions for lane in decoder.lanes)
     row = {
         "beta": beta,
         "score": float(np.mean(scores)),
@@ -87,8 +86,8 @@ def answers(
         "tokens": sum(len(row.token_ids) for row in done),
         "tokens_per_cpu_second": sum(len(row.token_ids) for row in done) / busy,
         "cpu_seconds": busy,
-        "unmapped_mass": sum(lane.tally.unmapped for lane in decoder.lanes) / positions if positions else None,
-        "first_piece_share": sum(lane.tally.first_pieces for lane in decoder.lanes) / positions if positions else None,
+        "unmapped_mass": decoder.tally.unmapped_mass if decoder.tally.positions else None,
+        "first_piece_share": decoder.tally.first_piece_share if decoder.tally.positions else None,
         "scores": scores,
         "texts": texts,
     }

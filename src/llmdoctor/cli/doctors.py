@@ -106,12 +106,10 @@ def say_translations(run: Run, decoder: GuidedDecoder) -> None:
 
 def say_unmapped(run: Run, decoder: GuidedDecoder) -> None:
     """Say how much of what the doctors said was lost in translation."""
-    tallies = [lane.tally for lane in decoder.lanes if lane.tally.positions]
-    if tallies:
-        positions = sum(tally.positions for tally in tallies)
-        unmapped = sum(tally.unmapped for tally in tallies) / positions
-        pieces = sum(tally.first_pieces for tally in tallies) / positions
+    tally = decoder.tally
+    if tally.positions:
         run.progress.say(
-            f"translated: {100 * unmapped:.2g} % of the doctors' probability was on tokens that stand for none of the "
-            f"patient's, and {100 * pieces:.2g} % of the tokens were scored by their first piece"
+            f"translated: {100 * tally.unmapped_mass:.2g} % of the doctors' probability was on tokens that stand for "
+            f"none of the patient's, and {100 * tally.first_piece_share:.2g} % of the tokens were scored by their "
+            "first piece"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, sample, warp
-from llmdoctor.decoding.guides import Guide, lanes_of
+from llmdoctor.decoding.guides import Guide, Tally, lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.decoding.row import Row, open_row
@@ -51,6 +51,11 @@ class GuidedDecoder:
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
         self.context = min(context_of(lane.model) for lane in self.lanes)
+
+    @property
+    def tally(self) -> Tally:
+        """What translating doctors of other vocabularies has left out so far, all of them together."""
+        return sum((lane.tally for lane in self.lanes), Tally())
 
     def generate(
         self, requests: Iterable[Request], *, on_done: Callable[[int, Completion], None] | None = None
@@ -118,7 +123,7 @@ class GuidedDecoder:
                     new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
                     ward.admit(new)
                 self._draw(ward, guided)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
@@ -199,5 +204,5 @@ class GuidedDecoder:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError, whose text is all there is to tell it by.
+    # On a CPU torch raises a plain RuntimeError, whose text is all there is to know it by.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

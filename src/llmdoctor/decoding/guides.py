@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ def load_guide(
         patient: the model it will guide.
         name: for requests; the doctor's dimension, else the folder's name, if None.
         form: "ratio" adds β (log π_doctor − log π_ref), "product" adds β log π_doctor.
+        dtype, device, trust_remote_code: as `load_model`'s, for models that are loaded here; where the doctor is run in
+            the patient's own pass, it works as the patient does.
 
     Raises:
         UserError: no doctor there.
@@ -93,11 +95,14 @@ def load_guide(
             if form == "ratio":
                 reference = "patient" if on_patient else base
             return Guide(name, base, reference, adapter=adapter)
-    own = load_model(spec, **options) if config.lora else None
-    doctor = Doctor.from_pretrained(folder, base=own, **options)
+        if form == "ratio":
+            reference = "patient" if on_patient else base
+        # Merging changes the weights, which the patient or the reference still needs.
+        own = load_model(spec, **options) if on_patient or form == "ratio" else base
+        return Guide(name, Doctor.from_pretrained(folder, base=own, **options).merged(), reference)
     if form == "ratio":
         reference = "patient" if on_patient else load_model(spec, **options)
-    return Guide(name, doctor.merged(), reference)
+    return Guide(name, Doctor.from_pretrained(folder, **options).merged(), reference)
 
 
 @dataclass
@@ -113,6 +118,9 @@ class Tally:
     positions: int = 0
     unmapped: float = 0.0
     first_pieces: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def unmapped_mass(self) -> float:
