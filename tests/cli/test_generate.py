@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.cli.harness import CPU, Cli, write_jsonl
 from tests.tiny import OTHER_CORPUS, byte_level, save_tiny
 
 from llmdoctor.cli.doctors import DoctorArgument
-from llmdoctor.cli.generate import printable
+from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.results import ResultFile
 from llmdoctor.errors import FingerprintMismatch, UserError
 
@@ -196,3 +197,13 @@ def test_a_doctor_of_another_vocabulary(good: Cli, finished: Path, tiny_folder: 
     alone = good("generate", "Hello", "--patient", tiny_folder, "--doctor", f"{finished / 'doctor'}=1", *CPU)
     assert "translated" not in alone.err
     assert "is not the patient's" not in alone.err
+
+
+def test_a_stream_that_breaks_off_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def pieces() -> Iterator[str]:
+        yield "half a"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        show_stream(pieces())
+    assert capsys.readouterr().out == "half a\n"

@@ -144,15 +144,18 @@ def generate(
 
 
 def show_stream(pieces: Iterator[str]) -> Completion:
-    """Print a stream of text as it comes; returns what the stream returns at its end."""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            typer.echo()
-            return end.value
-        typer.echo(printable(piece), nl=False)
-        sys.stdout.flush()
+    """Print a stream of text as it comes; returns what the stream returns at its end.
+
+    The line is ended however the stream is, so that what is said next stands on one of its own.
+    """
+    try:
+        while True:
+            typer.echo(printable(next(pieces)), nl=False)
+            sys.stdout.flush()
+    except StopIteration as end:
+        return end.value
+    finally:
+        typer.echo()
 
 
 def printable(text: str) -> str:
