@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _FEW_ROWS = 16
-"""Up to so many rows a CPU multiplies these thin matrices faster in float32 than in half precision, one row in a third
-of the time."""
+"""Up to so many rows a CPU multiplies these thin matrices faster in float32 than in half precision."""
 
 _FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
