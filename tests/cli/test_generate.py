@@ -199,11 +199,14 @@ def test_a_doctor_of_another_vocabulary(good: Cli, finished: Path, tiny_folder: 
     assert "is not the patient's" not in alone.err
 
 
-def test_a_stream_that_breaks_off_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("said", "shown"), [(["half a"], "half a\n"), ([], "")])
+def test_a_stream_that_breaks_off_ends_its_line(
+    capsys: pytest.CaptureFixture[str], said: list[str], shown: str
+) -> None:
     def pieces() -> Iterator[str]:
-        yield "half a"
+        yield from said
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         show_stream(pieces())
-    assert capsys.readouterr().out == "half a\n"
+    assert capsys.readouterr().out == shown

@@ -146,16 +146,21 @@ def generate(
 def show_stream(pieces: Iterator[str]) -> Completion:
     """Print a stream of text as it comes; returns what the stream returns at its end.
 
-    The line is ended however the stream is, so that what is said next stands on one of its own.
+    A line that has begun is ended however the stream is, so that what is said next stands on one of its own.
     """
+    begun = False
     try:
         while True:
-            typer.echo(printable(next(pieces)), nl=False)
+            piece = next(pieces)
+            begun = True
+            typer.echo(printable(piece), nl=False)
             sys.stdout.flush()
     except StopIteration as end:
+        begun = True
         return end.value
     finally:
-        typer.echo()
+        if begun:
+            typer.echo()
 
 
 def printable(text: str) -> str:
