@@ -98,7 +98,8 @@ class Cells:
         stamp = self._stamp(task, contender, setting, seed)
         if not path.is_file():
             cell = self._decode(task, contender, setting, seed, variant)
-            _write(path, stamp, cell)
+            # Recorded, not compared: another precision changes answers no more than another processor does.
+            _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
         return self._read(path, stamp)
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
@@ -242,11 +243,12 @@ def _answer(request: Request, done: Completion, sample: int, marks: list[list[An
     )
 
 
-def _write(path: Path, stamp: Mapping[str, str], cell: Cell) -> None:
+def _write(path: Path, stamp: Mapping[str, str], cell: Cell, dtype: str) -> None:
     head = {
         "schema_version": SCHEMA_VERSION,
         "stamp": stamp,
         "seconds": round(cell.seconds, 6),
+        "dtype": dtype,
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
     }
     lines: Iterable[dict[str, Any]] = (head, *map(asdict, cell.answers))
