@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, sample, warp
+from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, warp
 
 INF = math.inf
 
@@ -258,78 +258,3 @@ def test_repetition_penalties_per_row() -> None:
     scores, seen = torch.tensor([[2.0, -2.0, -INF]] * 3), torch.tensor([[True, True, True]] * 3)
     penalised = penalise_repetition(scores, seen, column(1.0, 2.0, 4.0))
     assert penalised.tolist() == [[2.0, -2.0, -INF], [1.0, -4.0, -INF], [0.5, -8.0, -INF]]
-
-
-# The draw
-
-
-def draw(scores: Tensor, uniforms: Tensor, greedy: bool = False) -> Tensor:
-    rows = len(uniforms)
-    return sample(scores.expand(rows, -1), uniforms, torch.full((rows,), greedy))
-
-
-@pytest.mark.parametrize("vocabulary", [3, 256, 257, 700])
-def test_draws_follow_the_softmax(vocabulary: int) -> None:
-    """χ² of 10⁵ draws over tokens expected 50 times or more: mean df (degrees of freedom), deviation √(2 df)."""
-    scores = logits(1, vocabulary, spread=1.0)
-    scores[0, 1] = -INF
-    uniforms = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = torch.cat([draw(scores, part) for part in uniforms.split(10_000)])
-    counts = torch.bincount(tokens, minlength=vocabulary).double()
-    expected = 1e5 * scores[0].double().softmax(-1)
-    assert counts[1] == 0
-    frequent = expected >= 50
-    observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
-    wanted = torch.cat([expected[frequent], expected[~frequent].sum()[None]])
-    chi_square = float(((observed - wanted).square() / wanted.clamp(min=1)).sum())
-    freedom = len(wanted) - 1
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
-
-
-def test_a_uniform_number_falls_into_the_interval_of_its_token() -> None:
-    """Masses ¼, ½, ¼: intervals [0, ¼), [¼, ¾), [¾, 1)."""
-    scores = column(1.0, 2.0, 1.0).log()[None]
-    uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert draw(scores, uniforms).tolist() == [0, 0, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("vocabulary", [5, 300, 1000])
-def test_equals_the_inverse_distribution_function_in_float64(vocabulary: int) -> None:
-    scores = logits(1, vocabulary, seed=3)
-    scores[0, vocabulary // 2 :: 2] = -INF
-    uniforms = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    mass = scores[0].double().softmax(-1).cumsum(-1)
-    expected = torch.searchsorted(mass, uniforms * mass[-1], right=True)
-    wrong = draw(scores, uniforms) != expected
-    # A uniform that lies within rounding of a boundary may fall on either side of it.
-    near = (mass[None] - (uniforms * mass[-1])[:, None]).abs().amin(-1) < 1e-6
-    assert not bool((wrong & ~near).any())
-
-
-@pytest.mark.parametrize("vocabulary", [4, 300, 512, 513])
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53, 1.0])
-def test_excluded_tokens_are_never_drawn_at_the_ends(vocabulary: int, uniform: float) -> None:
-    scores = torch.full((1, vocabulary), -INF)
-    scores[0, 2] = 1.0
-    assert draw(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [2]
-
-
-def test_greedy_takes_the_mode_and_the_first_of_equals() -> None:
-    scores = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    greedy = torch.tensor([True, True])
-    assert sample(scores, torch.tensor([0.9, 0.9], dtype=torch.float64), greedy).tolist() == [1, 0]
-
-
-def test_greedy_and_sampled_rows_share_a_batch() -> None:
-    scores = torch.tensor([[0.0, 0.1]] * 2)
-    uniforms = torch.tensor([0.01, 0.01], dtype=torch.float64)
-    assert sample(scores, uniforms, torch.tensor([True, False])).tolist() == [1, 0]
-
-
-def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
-    scores = logits(8, 600)
-    uniforms = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    greedy = torch.tensor([False, True] * 4)
-    together = sample(scores, uniforms, greedy)
-    alone = [sample(scores[i : i + 1], uniforms[i : i + 1], greedy[i : i + 1]).item() for i in range(8)]
-    assert together.tolist() == alone

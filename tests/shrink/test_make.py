@@ -17,10 +17,10 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.layers import keep_layers
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink import make
-from llmdoctor.shrink.layers import keep_layers
 from llmdoctor.shrink.losses import distillation_loss
 from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, _Batches, collate, shrink
 from llmdoctor.shrink.samples import Answer, Sampler

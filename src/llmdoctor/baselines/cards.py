@@ -17,11 +17,12 @@ from torch import Tensor
 from llmdoctor.baselines.best_of_n import best_of_n_kl
 from llmdoctor.baselines.method import Method, newly_finished, room_of, survivors
 from llmdoctor.decoding.controls import Controls
-from llmdoctor.decoding.guidance import sample, warp
+from llmdoctor.decoding.guidance import warp
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Request
 from llmdoctor.decoding.reward_lane import RewardLane
 from llmdoctor.decoding.row import Row
+from llmdoctor.decoding.sampling import sample
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import RewardModel
@@ -165,11 +166,11 @@ class CARDS(Method):
         broken = (~logits.amax(-1).isfinite()).tolist()
         usable = logits.nan_to_num(nan=0.0)
         scores = warp(usable, controls.temperature, controls.top_k, controls.top_p, controls.min_p)
-        uniforms = [
-            row.uniform() if goes and not draft.replay else 0.0
+        keys = [
+            row.next_key() if goes and not draft.replay else 0
             for row, draft, goes in zip(rows, drafts, goes_on, strict=True)
         ]
-        tokens = sample(scores, torch.tensor(uniforms, dtype=torch.float64, device=logits.device), controls.greedy)
+        tokens = sample(scores, keys, controls.greedy)
         for place, draft in enumerate(drafts):
             if draft.replay and goes_on[place]:
                 tokens[place] = draft.replay.pop(0)

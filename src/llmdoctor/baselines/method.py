@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.decoding.guidance import sample
 from llmdoctor.decoding.guides import lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import Row, complete, open_row
+from llmdoctor.decoding.sampling import sample
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import RewardModel
@@ -142,7 +142,7 @@ def pick(rows: Sequence[Row], scores: Tensor) -> tuple[Tensor, list[float], list
     """One of each row's candidates by softmax(scores / temperature), or the best where the temperature is 0.
 
     Args:
-        rows: B rows; each gives one of its random numbers.
+        rows: B rows; each gives one of its random keys.
         scores: [B, K].
 
     Returns:
@@ -152,7 +152,6 @@ def pick(rows: Sequence[Row], scores: Tensor) -> tuple[Tensor, list[float], list
     temperature, greedy = temperatures(rows, scores.device)
     broken = (~scores.amax(-1).isfinite()).tolist()
     scores = scores.nan_to_num(nan=0.0) / temperature[:, None]
-    uniforms = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=scores.device)
-    choice = sample(scores, uniforms, greedy)
+    choice = sample(scores, [row.next_key() for row in rows], greedy)
     logps = scores.log_softmax(-1).gather(1, choice[:, None])[:, 0].masked_fill(greedy, 0.0)
     return choice, logps.tolist(), broken

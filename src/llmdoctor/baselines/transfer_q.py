@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmdoctor.baselines.method import Method, newly_finished, pick, room_of, survivors
-from llmdoctor.decoding.guidance import sample
 from llmdoctor.decoding.guides import lanes_of
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.reward_lane import RewardLane
 from llmdoctor.decoding.row import Row
+from llmdoctor.decoding.sampling import sample
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import RewardModel
@@ -141,10 +141,10 @@ class TransferQ(Method):
         fork = policy.fork([sources[order] for order in alive], max(limits))
         while True:
             logits = fork.step(torch.tensor([paths[order][-1] for order in alive]))[:, : self.width].float()
-            uniforms = torch.tensor([rows[sources[order]].uniform() for order in alive], dtype=torch.float64)
+            keys = [rows[sources[order]].next_key() for order in alive]
             greedy = torch.full((len(alive),), self.rollout_temperature == 0, device=logits.device)
             scores = logits.nan_to_num(nan=0.0) / (self.rollout_temperature or 1.0)
-            for order, token in zip(alive, sample(scores, uniforms.to(logits.device), greedy).tolist(), strict=True):
+            for order, token in zip(alive, sample(scores, keys, greedy).tolist(), strict=True):
                 paths[order].append(token)
             still = open_of(alive)
             if not still:

@@ -42,14 +42,13 @@ class Controls:
             for place, row in enumerate(rows):
                 self.seen[place, row.prompts[0] + row.completion.token_ids] = True
 
-    def block(self, start: int, end: int) -> Controls:
-        """The settings of the rows from `start` to `end`, as views."""
+    def of(self, places: slice | list[int]) -> Controls:
+        """The settings of some of the rows."""
         part = copy.copy(self)
-        for name in self._NAMES:
-            setattr(part, name, getattr(self, name)[start:end])
+        part.keep(places)
         return part
 
-    def keep(self, places: list[int]) -> None:
+    def keep(self, places: slice | list[int]) -> None:
         """Drop the rows that are not in `places`."""
         for name in self._NAMES:
             setattr(self, name, getattr(self, name)[places])

@@ -13,20 +13,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.controls import Controls
-from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, sample, warp
 from llmdoctor.decoding.guides import Guide, Tally, lanes_of
 from llmdoctor.decoding.lane import context_of
+from llmdoctor.decoding.mixture import Mixture, warped
+from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.decoding.row import Row, open_row
+from llmdoctor.decoding.sampling import sample
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
+from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.loading import LoadedModel
 
 _log = logging.getLogger(__name__)
 
 _CPU_BLOCK = 16
 """Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
+
+_UNGUIDED = Mixture([], [])
 
 _COMPACT_BELOW = 0.75
 """Waiting rows are taken in when at most this share of the places is in use."""
@@ -39,15 +43,31 @@ class GuidedDecoder:
         patient: the frozen model.
         guides: from `load_guide`; none decodes the patient alone.
         max_batch_size: rows decoded together.
+        draft: from `load_draft`; guesses what comes next, so that a pass of the patient gives several tokens where the
+            guesses hold. It changes no token (up to the rounding of passes of other shapes), only how fast they come.
+        max_guesses: guesses a pass at most; how many pay is measured while decoding, and may be none.
     """
 
-    def __init__(self, patient: LoadedModel, guides: Sequence[Guide] = (), *, max_batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        patient: LoadedModel,
+        guides: Sequence[Guide] = (),
+        *,
+        max_batch_size: int = 32,
+        draft: DraftModel | None = None,
+        max_guesses: int = 6,
+    ) -> None:
         if max_batch_size < 1:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if max_guesses < 1:
+            raise UserError(f"max_guesses must be at least 1, got {max_guesses}; leave the draft out for none")
         self.names = [guide.name for guide in guides]
         if len(set(self.names)) != len(self.names):
             raise UserError(f"two doctors share a name: {', '.join(self.names)}; give each its own")
-        self.lanes, self._guide_voices, self._reference_voices = lanes_of(patient, list(guides))
+        self.lanes, voices, references = lanes_of(patient, list(guides))
+        self.mixture = Mixture(voices, references)
+        self.draft = draft
+        self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
         self.context = min(context_of(lane.model) for lane in self.lanes)
@@ -112,17 +132,20 @@ class GuidedDecoder:
             yield finished
         waiting = deque(row for row in batch if not row.done)
         guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
-        ward = Ward(self.lanes if guided else [replace(self.lanes[0], voices=[None])], self.names)
+        lanes = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
+        ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, self.draft)
         size = self.max_batch_size
         while waiting or ward.rows:
             new: list[Row] = []
             try:
-                ward.step()
                 # Taking rows in copies every cache, so it waits until there is place for several.
-                if waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _COMPACT_BELOW * size)):
-                    new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
-                    ward.admit(new)
-                self._draw(ward, guided)
+                admits = waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _COMPACT_BELOW * size))
+                with self.pace.round(ward.rows, guesses=ward.can_guess and not admits) as count:
+                    ward.step(count)
+                    if admits:
+                        new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
+                        ward.admit(new, self.pace.most)
+                    self._draw(ward, guided)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -139,8 +162,9 @@ class GuidedDecoder:
                 finished = [row for row in ward.rows if row.done and not row.reported]
                 for row in finished:
                     row.reported = True
-                    row.completion.patient_forwards = len(row.completion.token_ids)
-                    row.completion.guide_forwards = ward.guide_forwards * len(row.completion.token_ids)
+                    done = row.completion
+                    done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
+                    done.guide_forwards = ward.guide_forwards * done.patient_forwards
                 yield finished
                 ward.discharge()
                 continue
@@ -150,38 +174,44 @@ class GuidedDecoder:
             _log.warning("Out of memory: going on with %d rows at a time.", size)
 
     def _draw(self, ward: Ward, guided: bool) -> None:
-        """Draw one token for every row from the guided distribution, and book it."""
-        width = min(tensor.shape[-1] for tensor in ward.logits)
-        logits = [tensor[..., :width].to(ward.logits[0].device) for tensor in ward.logits]
-        size = len(ward.rows) if logits[0].device.type != "cpu" else _CPU_BLOCK
-        tokens = [
-            self._draw_block(
-                ward.rows[start : start + size],
-                [tensor[:, start : start + size] for tensor in logits],
-                ward.controls.block(start, start + size),
-                guided,
-            )
-            for start in range(0, len(ward.rows), size)
-        ]
-        ward.tokens = torch.cat(tokens)
+        """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
+        drawn: list[list[int]] = [[] for _ in ward.rows]
+        places = [place for place, row in enumerate(ward.rows) if not row.done]
+        for place in places:
+            ward.rows[place].completion.guessed += len(ward.guesses)
+        for logits, guesses in zip(ward.logits, [*(tokens.tolist() for tokens in ward.guesses), None], strict=True):
+            size = len(places) if logits[0].device.type != "cpu" else _CPU_BLOCK
+            for start in range(0, len(places), size):
+                block = places[start : start + size]
+                for place, token in zip(block, self._draw_block(ward, logits, block, guided), strict=True):
+                    drawn[place].append(token)
+            if guesses is None:
+                break
+            for place in places:
+                ward.rows[place].guesses_reached += 1
+            places = [place for place in places if not ward.rows[place].done and drawn[place][-1] == guesses[place]]
+            for place in places:
+                ward.rows[place].completion.guesses_held += 1
+            if not places:
+                break
+        ward.book(drawn)
 
-    def _draw_block(self, rows: list[Row], logits: list[Tensor], controls: Controls, guided: bool) -> Tensor:
+    def _draw_block(self, ward: Ward, every: Sequence[Tensor], places: list[int], guided: bool) -> list[int]:
+        """Draw and book a token for the rows at `places`, from each lane's logits [M, B, V]; returns the tokens."""
+        # Views where the rows stand side by side.
+        whole = slice(places[0], places[-1] + 1)
+        part = whole if len(places) == whole.stop - whole.start else places
+        width = min(tensor.shape[-1] for tensor in every)
+        device = every[0].device
+        logits = [tensor[:, part, :width].to(device) for tensor in every]
+        rows, controls = [ward.rows[place] for place in places], ward.controls.of(part)
         patient = logits[0][0].float()
-        width = patient.shape[-1]
-        guides, references = [], None
-        if guided:
-            guides = [logits[lane][voice] for lane, voice in self._guide_voices]
-            references = [None if at is None else logits[at[0]][at[1]] for at in self._reference_voices]
-        raw = guided_scores(patient, guides, controls.alpha, controls.betas, references)
+        raw = (self.mixture if guided else _UNGUIDED).scores(logits, controls)
         # The maximum of a row with a NaN is NaN, so this also finds rows in which a model broke.
         broken = (~raw.amax(-1).isfinite()).tolist()
-        scores = raw
-        if controls.penalises:
-            scores = penalise_repetition(scores, controls.seen[:, :width], controls.penalty)
-        if controls.warps:
-            scores = warp(scores, controls.temperature, controls.top_k, controls.top_p, controls.min_p)
-        uniforms = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=raw.device)
-        tokens = sample(scores.nan_to_num(nan=0.0) if any(broken) else scores, uniforms, controls.greedy)
+        scores = warped(raw, controls)
+        keys = [row.key(len(row.completion.token_ids)) for row in rows]
+        tokens = sample(scores.nan_to_num(nan=0.0) if any(broken) else scores, keys, controls.greedy)
         chosen = tokens[:, None]
         logps = (raw.gather(1, chosen)[:, 0] - raw.logsumexp(-1)).tolist()
         patient_logps = logps
@@ -191,16 +221,15 @@ class GuidedDecoder:
         if controls.warps:
             drawn = scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)
             drawn_logps = torch.where(controls.greedy, torch.zeros_like(drawn), drawn).tolist()
-        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if row.done:
-                continue
+        found: list[int] = tokens.tolist()
+        for place, (row, token) in enumerate(zip(rows, found, strict=True)):
             if broken[place]:
                 row.finish("error")
             else:
                 row.append(token, logps[place], patient_logps[place], drawn_logps[place])
         if controls.penalises:
-            controls.seen.scatter_(1, chosen, True)
-        return tokens
+            ward.controls.seen[torch.tensor(places, device=device), tokens] = True
+        return found
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_BLOCK = 256
-
 
 def guided_scores(
     patient: Tensor,
@@ -108,33 +106,3 @@ def warp(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
         limit = scores.amax(-1, keepdim=True) + min_p.clamp(min=torch.finfo(scores.dtype).tiny).log()[:, None]
         scores = scores.masked_fill((scores < limit) & (min_p > 0)[:, None], -torch.inf)
     return scores
-
-
-def sample(scores: Tensor, uniforms: Tensor, greedy: Tensor) -> Tensor:
-    """One token a row: the mode where `greedy` [B], else by inverting the distribution function at `uniforms` [B].
-
-    One uniform number decides a row's token, so a row's draw depends on its own scores and seed only.
-
-    Returns:
-        [B] token ids.
-    """
-    if bool(greedy.all()):
-        return scores.argmax(-1)
-    mass = (scores - scores.amax(-1, keepdim=True)).exp_()
-    vocabulary = mass.shape[-1]
-    blocks = torch.nn.functional.pad(mass, (0, -vocabulary % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    # Two levels: the block that holds the token, then the token in it. In float64, because over 50,000 tokens a float32
-    # running sum is off by more than many tokens' probability.
-    totals = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniforms.to(totals)[:, None] * totals[:, -1:]
-    block = torch.minimum(torch.searchsorted(totals, target, right=True), _first_maximum(totals))
-    before = torch.where(block > 0, totals.gather(-1, (block - 1).clamp(min=0)), torch.zeros_like(target))
-    inside = blocks[torch.arange(len(block), device=block.device), block[:, 0]].double().cumsum(-1)
-    place = torch.searchsorted(inside, target - before, right=True)
-    drawn = (block * _BLOCK + torch.minimum(place, _first_maximum(inside)))[:, 0]
-    return torch.where(greedy, scores.argmax(-1), drawn) if bool(greedy.any()) else drawn
-
-
-def _first_maximum(running_sum: Tensor) -> Tensor:
-    """[B, M] -> [B, 1]: the last place that has mass, which rounding must not make a draw go past."""
-    return (running_sum < running_sum[:, -1:]).sum(-1, keepdim=True)

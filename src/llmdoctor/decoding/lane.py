@@ -36,6 +36,27 @@ class Lane:
     """
 
     def __init__(self, spec: LaneSpec, prompts: list[list[int]], room: int) -> None:
+        self._set_up(spec, room)
+        # Several samples of one prompt are one row until their first token.
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        self._source = [distinct.index(tuple(ids)) for ids in prompts]
+        longest = max(map(len, distinct))
+        self._ids = torch.zeros(len(distinct), longest, dtype=torch.long)
+        self._mask = torch.zeros(len(distinct), longest, dtype=torch.long)
+        for place, ids in enumerate(distinct):
+            self._ids[place, longest - len(ids) :] = torch.tensor(ids)
+            self._mask[place, longest - len(ids) :] = 1
+        self._ids, self._mask = self._ids.to(self.device), self._mask.to(self.device)
+
+    @classmethod
+    def empty(cls, spec: LaneSpec, rows: int, room: int) -> Lane:
+        """A lane of `rows` rows that have not read anything."""
+        lane = cls.__new__(cls)
+        lane._set_up(spec, room)
+        lane._mask = torch.zeros(rows, 0, dtype=torch.long, device=lane.device)
+        return lane
+
+    def _set_up(self, spec: LaneSpec, room: int) -> None:
         self._spec = spec
         self._decoder = spec.model.get_decoder()
         self._network = network_of(self._decoder)
@@ -47,22 +68,17 @@ class Lane:
         self._shared = min((adapter.first_layer for adapter in adapters), default=None)
         self.device = spec.model.get_input_embeddings().weight.device
         self._last_position = context_of(spec.model) - 1
-        # Several samples of one prompt are one row until their first token.
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        self._source = [distinct.index(tuple(ids)) for ids in prompts]
-        longest = max(map(len, distinct))
-        self._ids = torch.zeros(len(distinct), longest, dtype=torch.long)
-        self._mask = torch.zeros(len(distinct), longest, dtype=torch.long)
-        for place, ids in enumerate(distinct):
-            self._ids[place, longest - len(ids) :] = torch.tensor(ids)
-            self._mask[place, longest - len(ids) :] = 1
-        self._ids, self._mask = self._ids.to(self.device), self._mask.to(self.device)
         self._cache = new_cache(spec.model.config, room)
 
     @property
     def width(self) -> int:
         """V."""
         return int(self._spec.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """The prompts' ids [B, P], left-padded, and their mask; after `prefill` and before anything is appended."""
+        return self._ids[self._source], self._mask
 
     @property
     def mask(self) -> Tensor:
@@ -148,11 +164,28 @@ class Lane:
         self._cache.crop(self._mask.shape[1] - self._cache.get_seq_length())
 
     def feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Append of K tokens [B, K] to each row those where `mask` [B, K] is 1; returns their states [M·B, K, D]."""
+        """Append of K tokens to each row those where `mask` [B, K] is 1; returns their states [M·B, K, D].
+
+        `tokens` are ids [B, K], or what stands in place of their embeddings [B, K, D].
+        """
         start = self._mask.shape[1]
         self._mask = torch.cat([self._mask, mask.to(self._mask)], dim=1)
         positions = position_ids(self._mask)[:, start:].clamp(max=self._last_position)
         return self._forward(tokens.to(self.device), positions)
+
+    def retract(self, count: int, kept: Tensor) -> None:
+        """Of the last `count` columns, keep in each row the first `kept` [B].
+
+        Raises:
+            UserError: a model whose attention is not full in every layer.
+        """
+        self.need_full_attention()
+        most = int(kept.max())
+        if most < count:
+            self._mask = self._mask[:, : most - count]
+            self._cache.crop(most - count)
+        if most:
+            self._mask[:, -most:] *= torch.arange(most, device=self.device) < kept.to(self.device)[:, None]
 
     def fork(self, places: list[int], room: int) -> Lane:
         """A lane of its own with the rows at `places` (more than once, perhaps), into which `room` tokens fit.
@@ -258,8 +291,9 @@ class Lane:
         mask = self._mask if mask is None else mask
         if self._network is not None:
             return self._network(ids, mask, positions, self._cache, self._voices, self._shared)
+        given = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids}
         hidden: Tensor = self._decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+            **given, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
         ).last_hidden_state
         return hidden
 

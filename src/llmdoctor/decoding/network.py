@@ -131,7 +131,7 @@ class Network:
         """Run new tokens, appending to the cache.
 
         Args:
-            ids: [B, t].
+            ids: [B, t], or what stands in place of their embeddings, [B, t, D].
             mask: [B, T] with 1 on the columns that exist for a row, the new ones included (then later columns are
                 hidden from earlier tokens), or [B, 1, t, T] an additive bias.
             positions: [B, t].
@@ -142,7 +142,7 @@ class Network:
         Returns:
             [M·B, t, D] last hidden states, voice by voice.
         """
-        hidden = F.embedding(ids, self._embedding)
+        hidden = ids if ids.is_floating_point() else F.embedding(ids, self._embedding)
         cos, sin = self._rotation(positions)
         bias = self._bias(mask, ids.shape[1], hidden.dtype)
         fork = len(self._blocks) if shared is None else shared

@@ -91,7 +91,9 @@ class Completion:
         patient_logps: log π_patient of each token, before warpers, in nats.
         drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.
         patient_forwards: token positions at which the patient was run for this completion, prompt not counted.
-        guide_forwards: the same for all other models together.
+        guide_forwards: the same for all other models together, a draft model aside.
+        guessed: tokens that a draft model guessed.
+        guesses_held: of these, those that were the ones drawn.
         kl_bound: nats a sequence; set by methods whose KL to the patient is known only as a bound or as an estimate of
             their own.
     """
@@ -105,6 +107,8 @@ class Completion:
     drawn_logps: list[float] = field(default_factory=list)
     patient_forwards: int = 0
     guide_forwards: int = 0
+    guessed: int = 0
+    guesses_held: int = 0
     kl_bound: float | None = None
 
     @property

@@ -21,14 +21,29 @@ class Row:
         self.completion = Completion(id=request.id)
         self.done = False
         self.reported = False
+        # Those behind a wrong one are not reached: nothing was learned of them.
+        self.guesses_reached = 0
         self._encoder = encoder
         self.room = room
         # Philox keyed by the seed alone: a row's numbers do not depend on its neighbours.
-        self._random = np.random.Generator(np.random.Philox(key=request.sampling.seed % (1 << 64)))
+        self._random = np.random.Philox(key=request.sampling.seed % (1 << 64))
+        self._keys: list[int] = []
+        self._used = 0
+
+    def key(self, place: int) -> int:
+        """64 random bits that decide the token at that place of the completion, whenever it is drawn."""
+        while len(self._keys) <= place:
+            self._keys += self._random.random_raw(64).tolist()
+        return self._keys[place]
+
+    def next_key(self) -> int:
+        """The row's next 64 random bits, for methods that draw more than once a token."""
+        self._used += 1
+        return self.key(self._used - 1)
 
     def uniform(self) -> float:
         """The row's next number in [0, 1)."""
-        return float(self._random.random())
+        return (self.next_key() >> 11) * 2.0**-53
 
     def append(self, token: int, logp: float, patient_logp: float, drawn_logp: float | None = None) -> None:
         """Book a drawn token and see whether it ends the row; `drawn_logp` is `logp` where no warper is at work."""

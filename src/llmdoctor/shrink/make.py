@@ -21,9 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.files import atomic_folder, claim, digest, write_json
+from llmdoctor.models.layers import cast_weights, choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
-from llmdoctor.shrink.layers import cast_weights, choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
 from llmdoctor.shrink.losses import distillation_loss, mean_overlap
 from llmdoctor.shrink.samples import Answer, Sampler, right_padded
 from llmdoctor.tfpo.train import last_checkpoint

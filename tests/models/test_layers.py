@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from llmdoctor.errors import UserError
+from llmdoctor.models.layers import choose_layers, decoder_layers, keep_layers, parse_layers, small_config, weights_read
 from llmdoctor.models.loading import load_model
-from llmdoctor.shrink.layers import choose_layers, decoder_layers, keep_layers, parse_layers, small_config, weights_read
 
 SMALL = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -1,0 +1,87 @@
+"""Drawing a token as a race that its key decides.
+
+Every token of the vocabulary has an exponential waiting time of rate p; the first to arrive is drawn, and each is with
+probability p (the Gumbel-max trick: Maddison et al. 2014, arXiv 1411.0030). The noise depends on the key and the token
+alone, not on p. So two distributions that are drawn from with one key give the same token wherever they are close
+(communication-free coupling, Daliri et al., arXiv 2408.07978), and what a draft guessed can be checked by drawing as if
+there had been none.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BITS = 32
+_ELEMENTS_AT_ONCE = 1 << 17
+"""Noise made together on a CPU: a block of this size stays in its cache."""
+
+
+def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """One token a row: the mode where `greedy` [B], else drawn from softmax(scores).
+
+    A row's token depends on its own scores and key only. Over random keys the distribution is exact but for the
+    noise's 31 bits: the probabilities of all tokens together are off by less than V · 2⁻³¹.
+
+    Args:
+        scores: [B, V], up to a constant per row; −inf excludes a token.
+        keys: B numbers of 64 bits.
+        greedy: [B] bool.
+        tokens: [V] ids of the columns; 0 … V − 1 if None.
+
+    Returns:
+        [B] columns, which are ids where `tokens` is None.
+    """
+    modes = scores.argmax(-1)
+    if bool(greedy.all()):
+        return modes
+    if tokens is None:
+        tokens = torch.arange(scores.shape[-1], device=scores.device)
+    # A word of its own for each token: two with the same one would share their luck for ever.
+    words = _mix(tokens.to(torch.int32) + 1)
+    rows = len(scores) if scores.device.type != "cpu" else max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
+    drawn = [
+        _race(scores[start : start + rows], waiting_times(keys[start : start + rows], words))
+        for start in range(0, len(scores), rows)
+    ]
+    return torch.where(greedy, modes, torch.cat(drawn))
+
+
+def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
+    """[B, V] exponential waiting times of rate 1, each decided by its row's key and its token's word [V] int32.
+
+    They are the same on any device.
+
+    −log(1 − u) for u = (|x| + ½) 2⁻³¹, x a hash of 32 bits: so near 0, where races are won, they are finest.
+    """
+    # Signed, because torch has no unsigned products; they wrap around as those would.
+    signed = [[_signed((key << 1 | 1) & 0xFFFFFFFF), _signed(key >> 32)] for key in keys]
+    factor, shift = torch.tensor(signed, dtype=torch.int32, device=words.device)[:, :, None].unbind(1)
+    u = _mix(torch.addcmul(shift, factor, words)).float().abs_()
+    # Below 1 by more than float32 rounds up.
+    return u.add_(0.5).mul_(2.0**-31 * (1 - 2.0**-22)).neg_().log1p_().neg_()
+
+
+def _race(scores: Tensor, times: Tensor) -> Tensor:
+    """argmin of times / p: [B, V] twice -> [B]."""
+    return (scores - scores.amax(-1, keepdim=True)).exp_().div_(times).argmax(-1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32 bits under which close inputs have unrelated outputs (lowbias32, C. Wellons 2018); in place."""
+    y = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        torch.bitwise_right_shift(x, shift, out=y)
+        # The shift copies the sign; a logical one brings in zeros.
+        x.bitwise_xor_(y.bitwise_and_((1 << (_BITS - shift)) - 1))
+        if factor is not None:
+            x.mul_(_signed(factor))
+    return x
+
+
+def _signed(word: int) -> int:
+    return word - (1 << _BITS) if word >> (_BITS - 1) else word

@@ -1,0 +1,114 @@
+"""Guessing what comes next, so that one pass of the large models checks several tokens at once.
+
+A guess is drawn with the very noise that will decide its place (`decoding.sampling`), from an estimate of the guided
+distribution: the formula of guided decoding over what the draft model expects of the patient, and of the doctors that
+are adapters on it, and over what other doctors, which are run ahead, do say. The patient then reads all guesses in one
+pass, and tokens are drawn from the logits as if there had been no guesses: a guess holds where it is what was drawn. So
+guessing changes no token, whatever is guessed; it decides only how many come out of a pass.
+
+Speculative decoding: Leviathan et al., arXiv 2211.17192; with shared noise: Daliri et al., arXiv 2408.07978.
+
+Shapes: B rows, M voices, K tokens side by side, P columns of the prompts, D hidden size, W tokens a draft may guess.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmdoctor.decoding.guides import LaneSpec
+from llmdoctor.decoding.lane import Lane
+from llmdoctor.models.draft import DraftModel
+
+
+class DraftLane:
+    """A draft model that follows the voices of one lane. Call inside `torch.inference_mode()`.
+
+    It has a row for every voice of every row, the voices of one row side by side.
+
+    Args:
+        draft: the model.
+        voices: M.
+        prompts: [B, P] ids, left-padded.
+        mask: [B, P] of what is no padding.
+        states: [M·B, P, D] the lane's last hidden states on them, voice by voice.
+        room: tokens that will be appended.
+    """
+
+    def __init__(
+        self, draft: DraftModel, voices: int, prompts: Tensor, mask: Tensor, states: Tensor, room: int
+    ) -> None:
+        self.draft = draft
+        self._voices = voices
+        spec = LaneSpec(draft, None, draft.head)  # type: ignore[arg-type]  # a draft reads no conversations
+        self._lane = Lane.empty(spec, len(prompts) * voices, prompts.shape[1] + room)
+        # A token goes with the state that it was drawn from, so the first one of a prompt goes with none.
+        states = self._by_row(states)
+        self._pending = [(prompts[:, 1:], mask[:, :-1].bool(), states[:, :, :-1])]
+        self._states = states[:, :, -1:]
+        self._ahead = 0
+
+    def expect(self, states: Tensor) -> None:
+        """Hear of the states [M·B, K, D] that the next K tokens are drawn from, if they hold."""
+        self._states = self._by_row(states)
+
+    def observe(self, tokens: Tensor, kept: Tensor) -> None:
+        """Hear of the tokens [B, K] that were drawn from these states, of which the first `kept` [B] hold."""
+        mask = torch.arange(tokens.shape[1], device=kept.device) < kept[:, None]
+        self._pending.append((tokens, mask, self._states))
+
+    def begin(self) -> Tensor:
+        """Read what was observed; returns the logits [M, B, W] expected of the lane after each row's last token."""
+        mask, hidden = self._read()
+        last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self._logits(hidden[rows, last.repeat_interleave(self._voices)][:, None])
+
+    def go_on(self, tokens: Tensor) -> Tensor:
+        """Append guesses [B]; returns the logits [M, B, W] expected after them."""
+        self._ahead += 1
+        column = tokens[:, None]
+        return self._logits(self._feed(column, torch.ones_like(column), self._guess))
+
+    def end(self) -> None:
+        """Forget the guesses."""
+        if self._ahead:
+            self._lane.retract(self._ahead, torch.zeros(len(self._lane.mask), dtype=torch.long))
+            self._ahead = 0
+        if self._lane.has_holes:
+            self._lane.pack()
+
+    def keep(self, places: list[int]) -> None:
+        """Make the rows those at `places`."""
+        self._lane.keep([place * self._voices + voice for place in places for voice in range(self._voices)])
+        self._pending = [(tokens[places], mask[places], states[places]) for tokens, mask, states in self._pending]
+        self._states = self._states[places]
+
+    def join(self, other: DraftLane, room: int) -> None:
+        """Append the rows of `other`, a lane of the same draft and voices, into which `room` more tokens fit."""
+        for lane in (self, other):
+            if lane._pending:
+                lane._read()
+        self._lane.join(other._lane, room)
+        self._states = torch.cat([self._states, other._states])
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Feed what is pending: its mask [B, K] and the outputs [B·M, K, D]."""
+        tokens, masks, states = zip(*self._pending, strict=True)
+        self._pending = []
+        mask = torch.cat(masks, dim=1)
+        return mask, self._feed(torch.cat(tokens, dim=1), mask, torch.cat(states, dim=2).flatten(0, 1))
+
+    def _feed(self, tokens: Tensor, mask: Tensor, states: Tensor) -> Tensor:
+        """[B, K] tokens, their mask, and the states [B·M, K, D] before them -> [B·M, K, D]."""
+        embedded = self.draft.embed(tokens.repeat_interleave(self._voices, dim=0), states)
+        return self._lane.feed(embedded, mask.repeat_interleave(self._voices, dim=0))
+
+    def _logits(self, guess: Tensor) -> Tensor:
+        """[B·M, 1, D] -> [M, B, W]; the states are kept, for the guess after it."""
+        self._guess = guess
+        return self._lane.outputs(guess[:, 0].contiguous()).unflatten(0, (-1, self._voices)).transpose(0, 1)
+
+    def _by_row(self, states: Tensor) -> Tensor:
+        """[M·B, K, D] -> [B, M, K, D]."""
+        return states.unflatten(0, (self._voices, -1)).transpose(0, 1)

@@ -1,0 +1,172 @@
+"""A draft model: guesses a large model's next tokens from the states that the large model has just had.
+
+A few transformer layers read, at every token, its embedding and the last hidden state that the large model drew it
+from, and give an estimate of the large model's next last hidden state; further guesses read the estimate in the state's
+place (EAGLE, arXiv 2401.15077). Embeddings and head are the large model's. The head is cut to the tokens that occur
+most often, because it is most of what a guess costs (FR-Spec, arXiv 2502.14856).
+
+Shapes: B rows, T tokens, D hidden size, V vocabulary, W tokens that may be guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmdoctor.errors import UserError
+from llmdoctor.files import atomic_folder, write_json
+from llmdoctor.models.layers import decoder_layers, small_config, weights_read
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.logps import LogitsHead
+
+CONFIG_NAME = "draft.json"
+WEIGHTS_NAME = "draft.safetensors"
+SCHEMA_VERSION = 1
+
+
+class DraftModel(nn.Module):
+    """See the module's text. `from_layers` makes one to be trained, `load_draft` reads one.
+
+    Args:
+        model: the large causal LM; its embeddings are shared, not copied.
+        layers: which of its layers this one's begin as.
+        vocabulary: [W] ids that may be guessed, ascending.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[int], vocabulary: Tensor) -> None:
+        super().__init__()
+        decoder = model.get_decoder()
+        self.config = small_config(model.config, layers)
+        self.config._attn_implementation = "sdpa"
+        self.layers_from = list(layers)
+        self.decoder = type(decoder)(self.config).to(device=model.device, dtype=model.dtype)
+        self.decoder.set_input_embeddings(model.get_input_embeddings())
+        width = int(self.config.hidden_size)
+        like = {"device": model.device, "dtype": model.dtype}
+        self.token_norm = nn.Parameter(torch.ones(width, **like))
+        self.state_norm = nn.Parameter(torch.ones(width, **like))
+        self.fuse = nn.Linear(2 * width, width, bias=False, **like)
+        self.vocabulary = vocabulary.to(model.device)
+        self.head = CutHead(LogitsHead.for_model(model), self.vocabulary)
+
+    @classmethod
+    def from_layers(cls, model: Any, layers: Sequence[int], vocabulary: Tensor) -> DraftModel:
+        """One whose layers are copies of the model's and whose input is the sum of embedding and state."""
+        draft = cls(model, layers, vocabulary)
+        originals = decoder_layers(model)
+        for copy, number in zip(draft.decoder.layers, layers, strict=True):
+            copy.load_state_dict(originals[number].state_dict())
+        draft.decoder.norm.load_state_dict(model.get_decoder().norm.state_dict())
+        with torch.no_grad():
+            one = torch.eye(draft.fuse.out_features)
+            draft.fuse.weight.copy_(torch.cat([one, one], dim=-1))
+        return draft
+
+    def get_decoder(self) -> Any:
+        """The transformer, which reads `embed`'s output."""
+        return self.decoder
+
+    def get_input_embeddings(self) -> Any:
+        """The large model's."""
+        return self.decoder.get_input_embeddings()
+
+    def embed(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """Tokens [B, T] and the states [B, T, D] that they were drawn from -> what the layers read [B, T, D]."""
+        dtype = self.fuse.weight.dtype
+        embedded, width = self.get_input_embeddings()(tokens), (self.fuse.out_features,)
+        both = [F.rms_norm(embedded.to(dtype), width, self.token_norm, 1e-6),
+                F.rms_norm(states.to(dtype), width, self.state_norm, 1e-6)]  # fmt: skip
+        fused: Tensor = self.fuse(torch.cat(both, dim=-1))
+        return fused
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """All that is not the large model's."""
+        shared = {id(parameter) for parameter in self.get_input_embeddings().parameters()}
+        return {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in shared}
+
+    def weights_read(self) -> int:
+        """Weights that one guess reads."""
+        return sum(tensor.numel() for tensor in self.own_weights().values()) + self.head.weight.numel()
+
+
+class CutHead:
+    """A head for some tokens only.
+
+    Args:
+        head: the whole one.
+        vocabulary: [W] ids.
+    """
+
+    def __init__(self, head: LogitsHead, vocabulary: Tensor) -> None:
+        self._finish = head.finish
+        self.weight = head.linear.weight.detach()[vocabulary]
+        self.bias = None if head.linear.bias is None else head.linear.bias.detach()[vocabulary]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., W] float32."""
+        raw = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return raw if self._finish is None else self._finish(raw)
+
+
+def save_draft(draft: DraftModel, patient: LoadedModel, record: Mapping[str, Any], path: Path) -> None:
+    """Write a folder, whole or not at all: weights in the patient's dtype, and `record` with what loading needs."""
+    tensors = {
+        name: tensor.detach().to(patient.model.dtype).contiguous() for name, tensor in draft.own_weights().items()
+    }
+    tensors["vocabulary"] = draft.vocabulary.to(torch.int32)
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "patient": patient.spec,
+        "patient_fingerprint": dict(patient.fingerprint),
+        "layers": draft.layers_from,
+        "weights_read": {"patient": weights_read(patient.model), "draft": draft.weights_read()},
+    }
+    with atomic_folder(path) as folder:
+        save_file(tensors, str(folder / WEIGHTS_NAME))
+        write_json(folder / CONFIG_NAME, {**head, **record})
+
+
+def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
+    """A draft model's folder as a drafter for `patient`, on its device and in its dtype.
+
+    Raises:
+        UserError: no draft model there, or one of another patient.
+    """
+    folder = Path(path).expanduser()
+    config_path = folder / CONFIG_NAME
+    if not config_path.is_file():
+        raise UserError(f"{path} is not a draft model: it has no {CONFIG_NAME} (make one with `llmdoctor draft`)")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        schema, made_for, layers = config["schema_version"], config["patient_fingerprint"], config["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path} is broken ({error!r}); make the draft model anew") from error
+    if schema != SCHEMA_VERSION:
+        raise UserError(f"{config_path} has schema version {schema}; this version of llmdoctor reads {SCHEMA_VERSION}")
+    for name in ("model", "tokenizer"):
+        if made_for.get(name) != patient.fingerprint.get(name):
+            raise UserError(
+                f"{path} was made for {config.get('patient')}, whose {name} is another than {patient.spec}'s; "
+                "a draft model serves only the model it was made from"
+            )
+    try:
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except Exception as error:
+        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error}); make the draft model anew") from error
+    draft = DraftModel(patient.model, layers, tensors.pop("vocabulary").long())
+    own = draft.own_weights()
+    wrong = {name for name in own.keys() | tensors.keys()
+             if name not in own or name not in tensors or own[name].shape != tensors[name].shape}  # fmt: skip
+    if wrong:
+        raise UserError(f"{folder / WEIGHTS_NAME} lacks or has in excess: {', '.join(sorted(wrong))}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return draft.requires_grad_(False).eval()
