@@ -371,7 +371,7 @@ def test_a_broken_doctor_breaks_its_rows_only(patient: LoadedModel, kind: Loaded
         nonlocal calls
         calls += 1
         if calls == 3:
-            output[0, ..., 7] = poison
+            output[0, 0, 7] = poison
         return output
 
     clean = GuidedDecoder(patient, [Guide("kind", kind, "patient")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.sampling import sample, waiting_times
+from llmdoctor.decoding.sampling import candidates, sample, waiting_times
 
 INF = math.inf
 
@@ -23,11 +23,10 @@ def logits(rows: int, vocabulary: int, seed: int = 0, spread: float = 2.0) -> Te
     return spread * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def draws(scores: Tensor, numbers: list[int], tokens: Tensor | None = None) -> Tensor:
+def draws(scores: Tensor, numbers: list[int]) -> Tensor:
     """A token of the one distribution for every key."""
     parts = [numbers[start : start + 10_000] for start in range(0, len(numbers), 10_000)]
-    sampled = torch.zeros(len(parts[0]), dtype=torch.bool)
-    return torch.cat([sample(scores.expand(len(part), -1), part, sampled[: len(part)], tokens) for part in parts])
+    return torch.cat([sample(scores.expand(len(part), -1), part, torch.zeros(len(part)).bool()) for part in parts])
 
 
 def deviations(counts: Tensor, expected: Tensor) -> float:
@@ -89,13 +88,23 @@ def test_two_distributions_draw_alike_as_often_as_theory_says(seed: int) -> None
     assert alike == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / 1e5) + 1e-9)
 
 
-def test_some_tokens_alone_race_with_the_noise_that_they_have_among_all() -> None:
-    scores = logits(1, 50)
+def test_candidates_are_the_tokens_that_come_first_in_the_same_race() -> None:
+    """The k-th candidate is what is drawn with the ones before it excluded; a cut vocabulary excludes, too."""
+    scores, numbers = logits(1, 50), keys(500)
     tokens = torch.tensor([3, 17, 20, 41])
-    alone = scores[:, tokens]
-    excluded = torch.full_like(scores, -INF).index_copy(1, tokens, alone)
-    numbers = keys(2000)
-    assert tokens[draws(alone, numbers, tokens)].tolist() == draws(excluded, numbers).tolist()
+    sampled = torch.zeros(500).bool()
+    guessed = candidates(scores[:, tokens].expand(500, -1), numbers, sampled, 4, tokens)
+    left = torch.full_like(scores, -INF).index_copy(1, tokens, scores[:, tokens]).repeat(500, 1)
+    for rank in range(4):
+        drawn = sample(left, numbers, sampled)
+        assert guessed[:, rank].tolist() == drawn.tolist()
+        left.scatter_(1, drawn[:, None], -INF)
+
+
+def test_candidates_of_a_greedy_row_are_the_most_likely() -> None:
+    scores = logits(2, 40)
+    guessed = candidates(scores, keys(2), torch.tensor([True, False]), 5, torch.arange(40))
+    assert guessed[0].tolist() == scores[0].topk(5).indices.tolist() != guessed[1].tolist()
 
 
 @pytest.mark.parametrize("vocabulary", [4, 300])

@@ -340,7 +340,7 @@ def test_rows_come_and_go(
         for place, text in enumerate(["Hi", "the cat", "zebra é", "how are you", "7", "mat"])
     ]
     single = GuidedDecoder(patient, guides, max_batch_size=1).generate(requests)
-    inner = Lane.step
+    inner = Lane.step_states
     steps = 0
 
     def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
@@ -350,7 +350,7 @@ def test_rows_come_and_go(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return inner(self, tokens, active)
 
-    monkeypatch.setattr(Lane, "step", step)
+    monkeypatch.setattr(Lane, "step_states", step)
     for one, same in zip(GuidedDecoder(patient, guides, max_batch_size=2).generate(requests), single, strict=True):
         assert one.token_ids == same.token_ids
         assert one.logps == pytest.approx(same.logps, abs=1e-3)

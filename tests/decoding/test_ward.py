@@ -71,13 +71,13 @@ def alone(decoder: GuidedDecoder) -> list[Completion]:
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every step that is taken from now on."""
     steps: list[int] = []
-    inner = Lane.step
+    inner = Lane.step_states
 
     def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
         steps.append(len(tokens))
         return inner(self, tokens, active)
 
-    monkeypatch.setattr(Lane, "step", step)
+    monkeypatch.setattr(Lane, "step_states", step)
     return steps
 
 
@@ -124,7 +124,7 @@ def test_out_of_memory_shrinks_the_batch(
     decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cpu: bool
 ) -> None:
     """Steps of three rows fail, on a CPU by a real allocation that cannot be had; the answers are those of before."""
-    inner = Lane.step
+    inner = Lane.step_states
     failures = 0
 
     def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
@@ -137,7 +137,7 @@ def test_out_of_memory_shrinks_the_batch(
         return inner(self, tokens, active)
 
     expected = alone(decoder)
-    monkeypatch.setattr(Lane, "step", step)
+    monkeypatch.setattr(Lane, "step_states", step)
     with caplog.at_level(logging.WARNING, logger="llmdoctor"):
         got = decoder.generate(requests())
     assert failures == 1
@@ -150,7 +150,7 @@ def test_out_of_memory_in_the_midst_keeps_what_was_said(
     decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tenth step fails: rows go on from their own tokens, which are not drawn again."""
-    inner = Lane.step
+    inner = Lane.step_states
     steps = 0
 
     def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
@@ -161,7 +161,7 @@ def test_out_of_memory_in_the_midst_keeps_what_was_said(
         return inner(self, tokens, active)
 
     expected = alone(decoder)
-    monkeypatch.setattr(Lane, "step", step)
+    monkeypatch.setattr(Lane, "step_states", step)
     for one, other in zip(decoder.generate(requests()), expected, strict=True):
         same(one, other)
 
@@ -171,11 +171,11 @@ def test_no_memory_for_a_single_row(decoder: GuidedDecoder, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "step", step)
+        patch.setattr(Lane, "step_states", step)
         with pytest.raises(UserError, match=r"out of memory with a single prompt of \d+ tokens"):
             decoder.generate(requests())
     other = RuntimeError("something else")
-    monkeypatch.setattr(Lane, "step", lambda *_: (_ for _ in ()).throw(other))
+    monkeypatch.setattr(Lane, "step_states", lambda *_: (_ for _ in ()).throw(other))
     with pytest.raises(RuntimeError, match="something else"):
         decoder.generate(requests())
 

@@ -47,7 +47,8 @@ class ContrastiveSearch(Method):
 
     def _search(self, rows: list[Row]) -> Iterator[list[Row]]:
         lane = Lane(self.patient, [row.prompts[0] for row in rows], room_of(rows) + self.top_k)
-        logits, hidden = lane.prefill_states()
+        hidden = lane.prefill_states()
+        logits = lane.outputs(hidden[:, -1].contiguous())
         history = _directions(hidden)
         while True:
             logps, candidates = logits[:, : self.width].float().log_softmax(-1).topk(self.top_k, dim=-1)

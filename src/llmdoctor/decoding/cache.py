@@ -64,13 +64,14 @@ class InPlaceLayer(DynamicLayer):
         self._buffers = (grown[0], grown[1])
         self.keys, self.values = (buffer[:, :, :width] for buffer in grown)
 
-    def pick(self, start: int, choice: Tensor) -> None:
-        """Of the columns from `start` on, keep one in each row: `start + choice` [B]."""
+    def pick(self, start: int, columns: Tensor) -> None:
+        """Of the columns from `start` on, keep in each row `start + columns` [B, L], in that order."""
         assert self._buffers is not None
-        rows = torch.arange(len(choice), device=choice.device)
+        count = columns.shape[1]
         for buffer in self._buffers:
-            buffer[:, :, start] = buffer[rows, :, start + choice]
-        self.keys, self.values = (buffer[:, :, : start + 1] for buffer in self._buffers)
+            index = (start + columns)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            buffer[:, :, start : start + count] = buffer.gather(2, index)
+        self.keys, self.values = (buffer[:, :, : start + count] for buffer in self._buffers)
 
     def select_columns(self, columns: Tensor) -> None:
         """Make each row's columns those at `columns` [B, W], in that order."""

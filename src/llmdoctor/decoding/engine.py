@@ -27,6 +27,9 @@ from llmdoctor.models.loading import LoadedModel
 
 _log = logging.getLogger(__name__)
 
+_BLOCK = 64
+"""Rows whose logits are alive at once."""
+
 _CPU_BLOCK = 16
 """Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
 
@@ -140,8 +143,8 @@ class GuidedDecoder:
             try:
                 # Taking rows in copies every cache, so it waits until there is place for several.
                 admits = waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _COMPACT_BELOW * size))
-                with self.pace.round(ward.rows, guesses=ward.can_guess and not admits) as count:
-                    ward.step(count)
+                with self.pace.round(ward.rows, guesses=ward.can_guess and not admits) as tree:
+                    ward.step(tree)
                     if admits:
                         new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
                         ward.admit(new, self.pace.most)
@@ -175,36 +178,48 @@ class GuidedDecoder:
 
     def _draw(self, ward: Ward, guided: bool) -> None:
         """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
+        tree, guesses = ward.tree, ward.guesses.tolist()
         drawn: list[list[int]] = [[] for _ in ward.rows]
-        places = [place for place, row in enumerate(ward.rows) if not row.done]
-        for place in places:
-            ward.rows[place].completion.guessed += len(ward.guesses)
-        for logits, guesses in zip(ward.logits, [*(tokens.tolist() for tokens in ward.guesses), None], strict=True):
-            size = len(places) if logits[0].device.type != "cpu" else _CPU_BLOCK
-            for start in range(0, len(places), size):
-                block = places[start : start + size]
-                for place, token in zip(block, self._draw_block(ward, logits, block, guided), strict=True):
+        nodes: list[list[int]] = [[] for _ in ward.rows]
+        at = {place: 0 for place, row in enumerate(ward.rows) if not row.done}
+        for place in at:
+            ward.rows[place].completion.guessed += tree.guesses
+        while at:
+            for places in _blocks(list(at), _BLOCK):
+                logits = ward.logits(places, [at[place] for place in places])
+                on_cpu = logits[0].device.type == "cpu"
+                tokens: list[int] = []
+                for block in _blocks(places, _CPU_BLOCK if on_cpu else _BLOCK):
+                    part = slice(len(tokens), len(tokens) + len(block))
+                    tokens += self._draw_block(ward, [tensor[:, part] for tensor in logits], block, guided)
+                for place, token in zip(places, tokens, strict=True):
                     drawn[place].append(token)
-            if guesses is None:
-                break
-            for place in places:
-                ward.rows[place].guesses_reached += 1
-            places = [place for place in places if not ward.rows[place].done and drawn[place][-1] == guesses[place]]
-            for place in places:
-                ward.rows[place].completion.guesses_held += 1
-            if not places:
-                break
-        ward.book(drawn)
+                    nodes[place].append(at[place])
+            follows = {}
+            for place, node in at.items():
+                row, children = ward.rows[place], tree.children[node]
+                if row.done or not children:
+                    continue
+                rank = next(
+                    (rank for rank, child in enumerate(children) if guesses[place][child] == drawn[place][-1]), None
+                )
+                row.guesses_tried[: len(children)] += 1
+                if rank is not None:
+                    row.guesses_held[rank] += 1
+                    row.completion.guesses_held += 1
+                    follows[place] = children[rank]
+            at = follows
+        ward.book(drawn, nodes)
 
-    def _draw_block(self, ward: Ward, every: Sequence[Tensor], places: list[int], guided: bool) -> list[int]:
-        """Draw and book a token for the rows at `places`, from each lane's logits [M, B, V]; returns the tokens."""
+    def _draw_block(self, ward: Ward, logits: list[Tensor], places: list[int], guided: bool) -> list[int]:
+        """Draw and book a token for the rows at `places` from each lane's logits [M, b, V]; returns the tokens."""
+        width = min(tensor.shape[-1] for tensor in logits)
+        device = logits[0].device
+        logits = [tensor[..., :width].to(device) for tensor in logits]
         # Views where the rows stand side by side.
         whole = slice(places[0], places[-1] + 1)
-        part = whole if len(places) == whole.stop - whole.start else places
-        width = min(tensor.shape[-1] for tensor in every)
-        device = every[0].device
-        logits = [tensor[:, part, :width].to(device) for tensor in every]
-        rows, controls = [ward.rows[place] for place in places], ward.controls.of(part)
+        controls = ward.controls.of(whole if len(places) == whole.stop - whole.start else places)
+        rows = [ward.rows[place] for place in places]
         patient = logits[0][0].float()
         raw = (self.mixture if guided else _UNGUIDED).scores(logits, controls)
         # The maximum of a row with a NaN is NaN, so this also finds rows in which a model broke.
@@ -230,6 +245,11 @@ class GuidedDecoder:
         if controls.penalises:
             ward.controls.seen[torch.tensor(places, device=device), tokens] = True
         return found
+
+
+def _blocks(places: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,7 @@ tokens side by side, D hidden size, V vocabulary. What is [M·B, …] has the ro
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class Lane:
         self.device = spec.model.get_input_embeddings().weight.device
         self._last_position = context_of(spec.model) - 1
         self._cache = new_cache(spec.model.config, room)
+        # Of each token of the tree that `grow` makes, the numbers of those on its branch, itself the last.
+        self._branches: list[list[int]] = []
 
     @property
     def width(self) -> int:
@@ -97,29 +100,31 @@ class Lane:
 
     def prefill(self) -> Tensor:
         """Run the prompts; returns the logits [M·B, V] of each row's first token."""
-        return self.prefill_states()[0]
+        return self._outputs(self.prefill_states())
 
-    def prefill_states(self) -> tuple[Tensor, Tensor]:
-        """As `prefill`, and the hidden states [M·B, P, D] of the prompts."""
+    def prefill_states(self) -> Tensor:
+        """Run the prompts; returns their hidden states [M·B, P, D]."""
         distinct = len(self._ids)
         hidden = self._forward(self._ids, position_ids(self._mask))
-        logits = self._outputs(hidden)
         if len(self._source) > distinct:
             self.keep(self._source)
-            index = self._spread(torch.tensor(self._source, device=self.device), distinct)
-            hidden, logits = hidden[index], logits[index]
-        return logits, hidden
+            hidden = hidden[self._spread(torch.tensor(self._source, device=self.device), distinct)]
+        return hidden
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
         """Append one token [B] to every row, or to the `active` [B] ones; returns the next logits [M·B, V].
 
         The logits of a row that sits the step out mean nothing.
         """
+        return self._outputs(self.step_states(tokens, active))
+
+    def step_states(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
+        """As `step`, but returns the hidden states [M·B, 1, D]."""
         column = self._mask.new_ones(self._mask.shape[0], 1) if active is None else active.to(self._mask)[:, None]
         self._mask = torch.cat([self._mask, column], dim=1)
         # A finished row that was not dropped yet may have run past the context; where it looks does not matter.
         positions = (self._mask.sum(-1, keepdim=True) - 1).clamp(max=self._last_position)
-        return self._outputs(self._forward(tokens.to(self.device)[:, None], positions))
+        return self._forward(tokens.to(self.device)[:, None], positions)
 
     def keep(self, places: list[int]) -> None:
         """Make the rows those at `places`, in that order; a place may be named more than once."""
@@ -129,23 +134,56 @@ class Lane:
         for number, layer in enumerate(self._cache.layers):
             layer.batch_select_indices(spread if self._is_forked(number) else index)
 
-    def peek(self, candidates: Tensor) -> Tensor:
-        """Hidden states [M·B, K, D] after each of K next tokens [B, K], in one pass: they do not see each other.
+    def grow(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """Hidden states [M·B, K, D] after K tokens that hang on a tree, in one pass.
 
-        The candidates stay in the cache, unseen, until `accept` or `forget` is called, which must be next.
+        Each sees its row and its own branch. The tree stays in the cache, unseen by all else, and may be grown further,
+        until `prune` is called.
+
+        Args:
+            tokens: [B, K] ids, or what stands in place of their embeddings [B, K, D].
+            parents: of each, its number in the tree, which counts on from call to call; −1 follows the row itself.
 
         Raises:
             UserError: a model whose attention is not full in every layer.
         """
         self.need_full_attention()
-        rows, count = candidates.shape
-        alone = torch.eye(count, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
-        seen = torch.cat([self._mask.bool()[:, None].expand(-1, count, -1), alone], dim=-1)
+        first = len(self._branches)
+        for number, parent in enumerate(parents, first):
+            self._branches.append([*(self._branches[parent] if parent >= 0 else []), number])
+        new = self._branches[first:]
+        branch = torch.zeros(len(new), len(self._branches), dtype=torch.bool)
+        for place, numbers in enumerate(new):
+            branch[place, numbers] = True
+        rows = len(self._mask)
+        seen = torch.cat(
+            [self._mask.bool()[:, None].expand(-1, len(new), -1), branch.to(self.device).expand(rows, -1, -1)], dim=-1
+        )
         dtype = self._decoder.dtype
         # Additive, because eager attention adds whatever it is given.
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
-        positions = self._mask.sum(-1, keepdim=True).clamp(max=self._last_position).expand(-1, count)
-        return self._forward(candidates.to(self.device), positions, mask[:, None])
+        depths = torch.tensor([len(numbers) - 1 for numbers in new], device=self.device)
+        positions = (self._mask.sum(-1, keepdim=True) + depths).clamp(max=self._last_position)
+        return self._forward(tokens.to(self.device), positions, mask[:, None])
+
+    def prune(self, branch: Tensor, kept: Tensor) -> None:
+        """Append, of the tree of the last calls of `grow`, the first `kept` [B] of `branch` [B, L]; drop the rest."""
+        self._branches = []
+        start, most = self._mask.shape[1], int(kept.max())
+        if not most:
+            # A length of 0 would drop everything.
+            if self._cache.get_seq_length() > start:
+                self._cache.crop(start - self._cache.get_seq_length())
+            return
+        branch, kept = branch[:, :most].to(self.device), kept.to(self.device)
+        for number, layer in enumerate(self._cache.layers):
+            layer.pick(start, branch.repeat(len(self._voices), 1) if self._is_forked(number) else branch)
+        column = torch.arange(most, device=self.device) < kept[:, None]
+        self._mask = torch.cat([self._mask, column.to(self._mask)], dim=1)
+
+    def peek(self, candidates: Tensor) -> Tensor:
+        """Hidden states [M·B, K, D] after each of K next tokens [B, K]; `accept` or `forget` must be next."""
+        return self.grow(candidates, [-1] * candidates.shape[1])
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]: the head's outputs."""
@@ -153,15 +191,12 @@ class Lane:
 
     def accept(self, choice: Tensor) -> None:
         """Append, of the candidates of the last `peek`, that at `choice` [B] in every row."""
-        start = self._mask.shape[1]
-        choice = choice.to(self.device)
-        for number, layer in enumerate(self._cache.layers):
-            layer.pick(start, choice.repeat(len(self._voices)) if self._is_forked(number) else choice)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], dim=1)
+        self.prune(choice[:, None], torch.ones_like(choice))
 
     def forget(self) -> None:
         """Drop the candidates of the last `peek`."""
-        self._cache.crop(self._mask.shape[1] - self._cache.get_seq_length())
+        nothing = torch.zeros(len(self._mask), 1, dtype=torch.long)
+        self.prune(nothing, nothing[:, 0])
 
     def feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Append of K tokens to each row those where `mask` [B, K] is 1; returns their states [M·B, K, D].
@@ -172,20 +207,6 @@ class Lane:
         self._mask = torch.cat([self._mask, mask.to(self._mask)], dim=1)
         positions = position_ids(self._mask)[:, start:].clamp(max=self._last_position)
         return self._forward(tokens.to(self.device), positions)
-
-    def retract(self, count: int, kept: Tensor) -> None:
-        """Of the last `count` columns, keep in each row the first `kept` [B].
-
-        Raises:
-            UserError: a model whose attention is not full in every layer.
-        """
-        self.need_full_attention()
-        most = int(kept.max())
-        if most < count:
-            self._mask = self._mask[:, : most - count]
-            self._cache.crop(most - count)
-        if most:
-            self._mask[:, -most:] *= torch.arange(most, device=self.device) < kept.to(self.device)[:, None]
 
     def fork(self, places: list[int], room: int) -> Lane:
         """A lane of its own with the rows at `places` (more than once, perhaps), into which `room` tokens fit.

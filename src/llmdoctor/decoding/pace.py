@@ -1,4 +1,4 @@
-"""How many tokens to guess: what guesses have brought, against what they have cost."""
+"""How much to guess: what guesses have brought, against what they have cost."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from llmdoctor.decoding.row import Row
+import numpy as np
+import numpy.typing as npt
 
-_FIRST = 3
-_COST = 0.15
-"""Of a pass; what a guess is thought to cost until that was measured."""
+from llmdoctor.decoding.row import RANKS, Row
+from llmdoctor.decoding.tree import Tree, best_tree
 
-_PRIOR = 8.0
+_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_DEPTHS = 4
+_PRIOR = 16.0
 """A row counts as if it had so many guesses behind it that held as often as all rows' do."""
 
-_FRESH = 0.2
-_ASIDE_EVERY = 24
-"""Rounds after which a neighbouring number is tried, because what guesses cost changes with the rows' lengths."""
+_USUAL = tuple(0.3 * 0.4**rank for rank in range(RANKS))
+"""How often candidates are thought to hold until that is known."""
+
+_LEVEL, _GUESS = 0.1, 0.02
+"""What a level of guesses and a guess are thought to cost, in passes, until that was measured."""
+
+_FADE = 0.95
+_ASIDE_EVERY = 16
+"""Rounds after which a neighbouring size is tried: costs change with the rows' lengths, and a best size that is always
+chosen says nothing of the others."""
 
 
 class Pace:
-    """Chooses the number of guesses that gives most tokens a second, over the rows that are decoded together.
+    """Chooses the guesses that give most tokens a second, over the rows that are decoded together.
 
-    It does not matter for what is decoded, so it may go by the clock.
+    It changes nothing about what is decoded, so it may go by the clock.
 
     Args:
         most: guesses in a round.
@@ -31,76 +40,83 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._tried = self._held = 0
+        self._tried = np.full(RANKS, _PRIOR)
+        self._held = _PRIOR * np.array(_USUAL)
         self._rounds = 0
-        # By about how many rows there are and how many guesses are made: passes that were timed, and seconds of one.
-        self._timed: dict[tuple[int, int], tuple[int, float]] = {}
+        self._costs: dict[int, _Costs] = {}
 
     @contextmanager
-    def round(self, rows: Sequence[Row], guesses: bool) -> Iterator[int]:
-        """A round of these rows: gives the number of guesses to make, and times what is done with it."""
+    def round(self, rows: Sequence[Row], guesses: bool) -> Iterator[Tree]:
+        """A round of these rows: gives what to guess, and times what is done with it."""
         if not guesses:
-            yield 0
+            yield Tree()
             return
-        count = self.choose(rows)
-        size = len(rows)
-        before = [(row.guesses_reached, row.completion.guesses_held) for row in rows]
+        tree = self.choose(rows)
+        rows = [row for row in rows if not row.done]
+        before = [(row.guesses_tried.copy(), row.guesses_held.copy()) for row in rows]
         start = time.perf_counter()
-        yield count
-        self.book(size, count, time.perf_counter() - start)
-        for row, (reached, held) in zip(rows, before, strict=False):
-            self._tried += row.guesses_reached - reached
-            self._held += row.completion.guesses_held - held
+        yield tree
+        self._costs.setdefault(_bucket(len(rows)), _Costs()).add(tree, time.perf_counter() - start)
+        for row, (tried, held) in zip(rows, before, strict=True):
+            self._tried += row.guesses_tried - tried
+            self._held += row.guesses_held - held
 
-    def choose(self, rows: Sequence[Row]) -> int:
-        """The number of guesses for the next round."""
+    def choose(self, rows: Sequence[Row]) -> Tree:
+        """What to guess in the next round."""
         self._rounds += 1
-        size = _bucket(len(rows))
-        known = {count: seconds for (bucket, count), (passes, seconds) in self._timed.items()
-                 if bucket == size and passes}  # fmt: skip
-        if not known:
-            return min(_FIRST, self.most)
-        usual = (self._held + _PRIOR / 2) / (self._tried + _PRIOR)
-        rates = [
-            (row.completion.guesses_held + _PRIOR * usual) / (row.guesses_reached + _PRIOR)
-            for row in rows
-            if not row.done
-        ]
-        tokens = [sum(_expected(rate, count) for rate in rates) for count in range(self.most + 1)]
-        best = max(range(self.most + 1), key=lambda count: tokens[count] / _seconds(known, count))
+        alive = [row for row in rows if not row.done]
+        usual = self._held / self._tried
+        rates = np.mean(
+            [(row.guesses_held + _PRIOR * usual) / (row.guesses_tried + _PRIOR) for row in alive], axis=0
+        ).tolist()
+        costs = self._costs.setdefault(_bucket(len(alive)), _Costs())
+        sizes = [size for size in _SIZES if size <= self.most]
+        found = []
+        for depth in range(1, _DEPTHS + 1):
+            for place, size in enumerate(sizes):
+                tree, tokens = best_tree(rates, size, depth)
+                found.append((tokens / costs.seconds(tree), place, depth, tree))
+        _, place, depth, tree = max(found, key=lambda entry: entry[0])
         if self._rounds % _ASIDE_EVERY == 0:
-            best += 1 if self._rounds % (2 * _ASIDE_EVERY) else -1
-        return min(max(best, 0), self.most)
+            place += 1 if self._rounds % (2 * _ASIDE_EVERY) else -1
+            tree, _ = best_tree(rates, sizes[min(max(place, 0), len(sizes) - 1)], depth)
+        return tree
 
-    def book(self, rows: int, count: int, seconds: float) -> None:
-        """A round of `rows` rows with `count` guesses took so long."""
-        key = (_bucket(rows), count)
-        if key not in self._timed:
+
+class _Costs:
+    """Seconds of a round as a + b · levels + c · guesses, fitted to the rounds so far, the newest weighing most."""
+
+    def __init__(self) -> None:
+        self._products: npt.NDArray[np.float64] = np.zeros((3, 3))
+        self._sums: npt.NDArray[np.float64] = np.zeros(3)
+        self._fit: npt.NDArray[np.float64] = np.array([1.0, _LEVEL, _GUESS])
+        self._rounds = 0
+
+    def add(self, tree: Tree, seconds: float) -> None:
+        """A round with this tree took so long."""
+        self._rounds += 1
+        if self._rounds == 1:
             # The first pass of a shape pays for what is set up once, so it says little.
-            self._timed[key] = 0, seconds
             return
-        passes, average = self._timed[key]
-        self._timed[key] = passes + 1, seconds if passes == 0 else average + _FRESH * (seconds - average)
+        features = _features(tree)
+        self._products = _FADE * self._products + np.outer(features, features)
+        self._sums = _FADE * self._sums + seconds * features
+        # What was thought before, as weak evidence about b and c relative to a: without it their values would be
+        # anybody's guess for as long as all rounds are alike.
+        base = seconds / float(features @ np.array([1.0, _LEVEL, _GUESS]))
+        weights = np.array([1e-6, 0.3, 30.0])
+        believed = base * np.array([1.0, _LEVEL, _GUESS])
+        fit = np.linalg.solve(self._products + np.diag(weights), self._sums + weights * believed)
+        self._fit = np.maximum(fit, [1e-9, 0.0, 0.0])
+
+    def seconds(self, tree: Tree) -> float:
+        """Expected of a round with this tree."""
+        return float(_features(tree) @ self._fit)
+
+
+def _features(tree: Tree) -> npt.NDArray[np.float64]:
+    return np.array([1.0, len(tree.levels) - 1.0, float(tree.guesses)])
 
 
 def _bucket(rows: int) -> int:
     return (rows - 1).bit_length()
-
-
-def _expected(rate: float, count: int) -> float:
-    """Tokens of a pass with `count` guesses, each of which holds with `rate` if those before it do."""
-    return sum(rate**place for place in range(count + 1))
-
-
-def _seconds(known: dict[int, float], count: int) -> float:
-    """Of a round with `count` guesses, from the rounds that were timed."""
-    if count in known:
-        return known[count]
-    below = max((other for other in known if other < count), default=None)
-    above = min((other for other in known if other > count), default=None)
-    if below is not None and above is not None:
-        share = (count - below) / (above - below)
-        return known[below] + share * (known[above] - known[below])
-    nearest = below if below is not None else above
-    assert nearest is not None
-    return known[nearest] * (1 + _COST * count) / (1 + _COST * nearest)

@@ -10,6 +10,9 @@ import numpy as np
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.errors import UserError
 
+RANKS = 8
+"""Candidates after one token that may be guessed."""
+
 
 class Row:
     """A request while it is decoded."""
@@ -21,8 +24,9 @@ class Row:
         self.completion = Completion(id=request.id)
         self.done = False
         self.reported = False
-        # Those behind a wrong one are not reached: nothing was learned of them.
-        self.guesses_reached = 0
+        # By the candidate's rank; guesses behind a wrong one say nothing.
+        self.guesses_tried = np.zeros(RANKS)
+        self.guesses_held = np.zeros(RANKS)
         self._encoder = encoder
         self.room = room
         # Philox keyed by the seed alone: a row's numbers do not depend on its neighbours.

@@ -21,7 +21,7 @@ _ELEMENTS_AT_ONCE = 1 << 17
 """Noise made together on a CPU: a block of this size stays in its cache."""
 
 
-def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor, tokens: Tensor | None = None) -> Tensor:
+def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     """One token a row: the mode where `greedy` [B], else drawn from softmax(scores).
 
     A row's token depends on its own scores and key only. Over random keys the distribution is exact but for the
@@ -31,24 +31,44 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor, tokens: Tensor |
         scores: [B, V], up to a constant per row; −inf excludes a token.
         keys: B numbers of 64 bits.
         greedy: [B] bool.
-        tokens: [V] ids of the columns; 0 … V − 1 if None.
 
     Returns:
-        [B] columns, which are ids where `tokens` is None.
+        [B] token ids.
     """
     modes = scores.argmax(-1)
     if bool(greedy.all()):
         return modes
-    if tokens is None:
-        tokens = torch.arange(scores.shape[-1], device=scores.device)
+    every = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.where(greedy, modes, _finish(scores, keys, greedy, every).argmax(-1))
+
+
+def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, tokens: Tensor) -> Tensor:
+    """The tokens that `sample` would give, the first to be expected first, if these scores are not quite the true ones.
+
+    Args:
+        scores: [B, W] of some tokens.
+        keys, greedy: as there.
+        count: K, at most W.
+        tokens: [W] ids of the columns.
+
+    Returns:
+        [B, K] token ids.
+    """
+    return tokens[_finish(scores, keys, greedy, tokens).topk(count, dim=-1).indices]
+
+
+def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, tokens: Tensor) -> Tensor:
+    """[B, V] what is greater for tokens that arrive earlier: p over the waiting time, p itself where greedy."""
     # A word of its own for each token: two with the same one would share their luck for ever.
     words = _mix(tokens.to(torch.int32) + 1)
     rows = len(scores) if scores.device.type != "cpu" else max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
-    drawn = [
-        _race(scores[start : start + rows], waiting_times(keys[start : start + rows], words))
-        for start in range(0, len(scores), rows)
-    ]
-    return torch.where(greedy, modes, torch.cat(drawn))
+    found = []
+    for start in range(0, len(scores), rows):
+        block = slice(start, start + rows)
+        masses = (scores[block] - scores[block].amax(-1, keepdim=True)).exp_()
+        times = waiting_times(keys[block], words)
+        found.append(masses.div_(times.masked_fill_(greedy[block, None], 1.0) if bool(greedy[block].any()) else times))
+    return torch.cat(found)
 
 
 def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
@@ -64,11 +84,6 @@ def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
     u = _mix(torch.addcmul(shift, factor, words)).float().abs_()
     # Below 1 by more than float32 rounds up.
     return u.add_(0.5).mul_(2.0**-31 * (1 - 2.0**-22)).neg_().log1p_().neg_()
-
-
-def _race(scores: Tensor, times: Tensor) -> Tensor:
-    """argmin of times / p: [B, V] twice -> [B]."""
-    return (scores - scores.amax(-1, keepdim=True)).exp_().div_(times).argmax(-1)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ Shapes: B rows, M voices, K tokens side by side, P columns of the prompts, D hid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,33 +50,43 @@ class DraftLane:
         self._states = states[:, :, -1:]
         self._ahead = 0
 
+    def observe(self, tokens: Tensor, kept: Tensor, branch: Tensor) -> None:
+        """Hear of the tokens [B, K] that were drawn, of which the first `kept` [B] count.
+
+        `branch` [B, K] says which of the states expected they were drawn from.
+        """
+        mask = torch.arange(tokens.shape[1], device=kept.device) < kept[:, None]
+        rows = torch.arange(len(branch), device=branch.device)[:, None]
+        self._pending.append((tokens, mask, self._states.transpose(1, 2)[rows, branch].transpose(1, 2)))
+
     def expect(self, states: Tensor) -> None:
-        """Hear of the states [M·B, K, D] that the next K tokens are drawn from, if they hold."""
+        """Hear of the states [M·B, K, D] that the next tokens are drawn from."""
         self._states = self._by_row(states)
 
-    def observe(self, tokens: Tensor, kept: Tensor) -> None:
-        """Hear of the tokens [B, K] that were drawn from these states, of which the first `kept` [B] hold."""
-        mask = torch.arange(tokens.shape[1], device=kept.device) < kept[:, None]
-        self._pending.append((tokens, mask, self._states))
-
     def begin(self) -> Tensor:
-        """Read what was observed; returns the logits [M, B, W] expected of the lane after each row's last token."""
+        """Read what was observed; returns the logits [M, B, 1, W] expected of the lane after each row's last token."""
         mask, hidden = self._read()
         last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self._logits(hidden[rows, last.repeat_interleave(self._voices)][:, None])
+        self._guesses = hidden[rows, last.repeat_interleave(self._voices)][:, None]
+        return self._logits(1)
 
-    def go_on(self, tokens: Tensor) -> Tensor:
-        """Append guesses [B]; returns the logits [M, B, W] expected after them."""
-        self._ahead += 1
-        column = tokens[:, None]
-        return self._logits(self._feed(column, torch.ones_like(column), self._guess))
+    def go_on(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """Append guesses [B, K] to the tree; returns the logits [M, B, K, W] expected after them.
+
+        Args:
+            tokens: what is guessed.
+            parents: of each, its number among the guesses so far, from 0; −1 follows what was observed.
+        """
+        # The guesses' states stand behind that of the last token observed.
+        states = self._guesses[:, [parent + 1 for parent in parents]]
+        embedded = self.draft.embed(tokens.repeat_interleave(self._voices, dim=0), states)
+        self._guesses = torch.cat([self._guesses, self._lane.grow(embedded, parents)], dim=1)
+        return self._logits(len(parents))
 
     def end(self) -> None:
         """Forget the guesses."""
-        if self._ahead:
-            self._lane.retract(self._ahead, torch.zeros(len(self._lane.mask), dtype=torch.long))
-            self._ahead = 0
+        self._lane.forget()
         if self._lane.has_holes:
             self._lane.pack()
 
@@ -97,17 +109,14 @@ class DraftLane:
         tokens, masks, states = zip(*self._pending, strict=True)
         self._pending = []
         mask = torch.cat(masks, dim=1)
-        return mask, self._feed(torch.cat(tokens, dim=1), mask, torch.cat(states, dim=2).flatten(0, 1))
+        spread = torch.cat(tokens, dim=1).repeat_interleave(self._voices, dim=0)
+        embedded = self.draft.embed(spread, torch.cat(states, dim=2).flatten(0, 1))
+        return mask, self._lane.feed(embedded, mask.repeat_interleave(self._voices, dim=0))
 
-    def _feed(self, tokens: Tensor, mask: Tensor, states: Tensor) -> Tensor:
-        """[B, K] tokens, their mask, and the states [B·M, K, D] before them -> [B·M, K, D]."""
-        embedded = self.draft.embed(tokens.repeat_interleave(self._voices, dim=0), states)
-        return self._lane.feed(embedded, mask.repeat_interleave(self._voices, dim=0))
-
-    def _logits(self, guess: Tensor) -> Tensor:
-        """[B·M, 1, D] -> [M, B, W]; the states are kept, for the guess after it."""
-        self._guess = guess
-        return self._lane.outputs(guess[:, 0].contiguous()).unflatten(0, (-1, self._voices)).transpose(0, 1)
+    def _logits(self, count: int) -> Tensor:
+        """[M, B, K, W] after the last K guesses."""
+        logits = self._lane.outputs(self._guesses[:, -count:].contiguous())
+        return logits.unflatten(0, (-1, self._voices)).transpose(0, 1)
 
     def _by_row(self, states: Tensor) -> Tensor:
         """[M·B, K, D] -> [B, M, K, D]."""

@@ -109,7 +109,7 @@ class TranslatedLane:
 
     def prefill(self) -> Tensor:
         """Run the prompts; returns log-probabilities [B, V] of each row's first token, in nats."""
-        hidden = self._lane.prefill_states()[1]
+        hidden = self._lane.prefill_states()
         for text, states in zip(self._texts, hidden, strict=True):
             text.states = [states[-1].clone()]
         logps = self._answer([not tokens for tokens in self._said] or [True] * len(self._texts))

@@ -1,6 +1,7 @@
 """The rows that are decoded together, on every model that is run for them.
 
-Shapes: B rows, M voices of a lane, V vocabulary.
+Shapes: B rows, M voices of a lane, N nodes of a tree of guesses, D hidden size, V vocabulary, W tokens a draft may
+guess.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.row import Row
-from llmdoctor.decoding.sampling import sample
+from llmdoctor.decoding.sampling import candidates
 from llmdoctor.decoding.speculation import DraftLane
 from llmdoctor.decoding.translated_lane import TranslatedLane, open_lane
+from llmdoctor.decoding.tree import Tree
 from llmdoctor.models.draft import DraftModel
 
 _COMPACT_BELOW = 0.75
@@ -35,8 +37,8 @@ class Ward:
 
     Attributes:
         rows: B rows; some may be done and not yet dropped.
-        logits: for the next token, and then for the one behind each guess: of each lane, [M, B, V].
-        guesses: the guessed tokens, [B] each.
+        tree: of the last step's guesses.
+        guesses: [B, N] the tokens at its nodes, each row's last token at the root.
         controls: of the rows.
     """
 
@@ -57,8 +59,11 @@ class Ward:
         self._lanes: list[Lane | TranslatedLane] = []
         self._draft: DraftLane | None = None
         self._tokens = torch.empty(0, dtype=torch.long)
-        self.logits: list[list[Tensor]] = []
-        self.guesses: list[Tensor] = []
+        # Of each lane, the states [M, B, N, D] that tokens are drawn from, or for one that translates the logits
+        # themselves, [1, B, 1, V].
+        self._states: list[Tensor] = []
+        self.tree = Tree()
+        self.guesses = self._tokens[:, None]
 
     @property
     def can_admit(self) -> bool:
@@ -70,46 +75,77 @@ class Ward:
         """Whether `step` may be asked for guesses."""
         return self._draft is not None
 
-    def step(self, count: int = 0) -> None:
-        """Append the tokens that were booked to all rows, and `count` guesses of what may follow behind them."""
+    def step(self, tree: Tree) -> None:
+        """Append the tokens that were booked to all rows, and behind them a tree of guesses of what may follow."""
         if not self.rows:
             return
-        if self._draft is None:
-            self.guesses = []
-            self.logits = [[lane.step(self._tokens).unflatten(0, (-1, len(self.rows))) for lane in self._lanes]]
+        self.tree, self.guesses = tree, self._tokens[:, None]
+        if not tree.guesses:
+            read = [_advance(lane, self._tokens) for lane in self._lanes]
+            if self._draft is not None:
+                self._draft.expect(read[0])
+            self._states = [self._by_voice(states) for states in read]
             return
-        # Doctors that are models of their own are run ahead; the first lane then reads everything at once.
-        ahead: list[list[Tensor]] = []
-        tokens = self._tokens
-        self.guesses = []
-        seen = self.controls.seen.clone() if self.controls.penalises else None
-        for place in range(count + 1):
-            ahead.append([lane.step(tokens).unflatten(0, (-1, len(self.rows))) for lane in self._lanes[1:]])
-            if place < count:
-                expected = self._draft.begin() if place == 0 else self._draft.go_on(tokens)
-                tokens = self._guess([expected, *ahead[-1]], place, seen)
-                self.guesses.append(tokens)
+        # Doctors that are models of their own are run ahead, level by level; the first lane then reads all at once.
+        patient, others = self._lanes[0], self._lanes[1:]
+        assert self._draft is not None and isinstance(patient, Lane)  # noqa: PT018
+        ahead: list[list[Tensor]] = [[] for _ in others]
+        for level in tree.levels:
+            tokens = self.guesses[:, level[0] :]
+            parents = [tree.parents[node - 1] if node else -1 for node in level]
+            for lane, states in zip(others, ahead, strict=True):
+                assert isinstance(lane, Lane)
+                states.append(self._by_voice(lane.grow(tokens, parents)))
+            inner = [node for node in level if tree.children[node]]
+            if inner:
+                says = [
+                    self._of_lane(lane, states[-1][:, :, [node - level[0] for node in inner]])
+                    for lane, states in zip(self._specs[1:], ahead, strict=True)
+                ]
+                self._guess(tree, inner, says)
         self._draft.end()
-        patient = self._lanes[0]
-        assert isinstance(patient, Lane)
-        fed = torch.stack([self._tokens, *self.guesses], dim=1)
-        states = patient.feed(fed, torch.ones_like(fed))
-        self._draft.expect(states)
-        logits = patient.outputs(states.contiguous()).unflatten(0, (-1, len(self.rows)))
-        self.logits = [[logits[:, :, place], *others] for place, others in enumerate(ahead)]
+        first = patient.grow(self.guesses, [-1, *tree.parents])
+        self._draft.expect(first)
+        self._states = [self._by_voice(first), *(torch.cat(levels, dim=2) for levels in ahead)]
 
-    def _guess(self, logits: list[Tensor], place: int, seen: Tensor | None) -> Tensor:
-        """Guess a token [B] from what is expected of the first lane, [M, B, W], and what the others say."""
+    def _guess(self, tree: Tree, inner: Sequence[int], says: list[Tensor]) -> None:
+        """Append the children of some nodes of one level to the guesses.
+
+        `says` has of each lane but the first the logits [M, B, n, W] after these nodes.
+        """
         assert self._draft is not None
+        if inner[0] == 0:
+            expected = self._draft.begin()
+            self._known = {0: -1}
+        else:
+            # The draft reads what it has to guess behind, and no leaves.
+            parents = [self._known[tree.parents[node - 1]] for node in inner]
+            self._known |= {node: number for number, node in enumerate(inner, len(self._known) - 1)}
+            expected = self._draft.go_on(self.guesses[:, list(inner)], parents)
+        count = len(inner)
+        controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner])
+        logits = [tensor.flatten(1, 2) for tensor in (expected, *says)]
         vocabulary = self._draft.draft.vocabulary
-        logits = [logits[0], *(tensor[..., vocabulary] for tensor in logits[1:])]
-        penalised = None if seen is None else seen[:, vocabulary]
-        scores = warped(self._mixture.scores(logits, self.controls), self.controls, penalised).nan_to_num(nan=0.0)
-        keys = [row.key(len(row.completion.token_ids) + place) for row in self.rows]
-        tokens = vocabulary[sample(scores, keys, self.controls.greedy, vocabulary)]
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        seen = controls.seen[:, vocabulary] if controls.penalises else None
+        scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
+        depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
+        keys = [row.key(len(row.completion.token_ids) + depth) for row in self.rows for _ in inner]
+        most = max(len(tree.children[node]) for node in inner)
+        found = candidates(scores, keys, controls.greedy, most, vocabulary).unflatten(0, (-1, count))
+        columns = [found[:, place, : len(tree.children[node])] for place, node in enumerate(inner)]
+        self.guesses = torch.cat([self.guesses, *columns], dim=1)
+
+    def _of_lane(self, spec: LaneSpec, states: Tensor) -> Tensor:
+        assert self._draft is not None
+        return spec.head.logits(states)[..., self._draft.draft.vocabulary]
+
+    def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
+        """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""
+        found = []
+        for lane, states in zip(self._lanes, self._states, strict=True):
+            chosen = states[:, list(places), list(nodes)]
+            found.append(lane.outputs(chosen) if isinstance(lane, Lane) else chosen)
+        return found
 
     def admit(self, rows: Sequence[Row], most: int = 0) -> None:
         """Read the prompts of more rows, and what they have said already, in a pass of their own.
@@ -118,51 +154,58 @@ class Ward:
         """
         rows = list(rows)
         # Asked before this ward changes: what fails in here leaves it as it was.
-        room = most + max(min(row.request.sampling.max_new_tokens, row.room) for row in (*self.rows, *rows))
+        room = 1 + most + max(min(row.request.sampling.max_new_tokens, row.room) for row in (*self.rows, *rows))
         said = [row.completion.token_ids for row in rows]
-        fresh = [
+        lanes = [
             open_lane(spec, [row.prompts[index] for row in rows], said, room) for index, spec in enumerate(self._specs)
         ]
+        read = [_read(lane) for lane in lanes]
         draft = None
-        if self._model is not None and isinstance(fresh[0], Lane) and all(isinstance(lane, Lane) for lane in fresh):
-            logits, states = fresh[0].prefill_states()
-            prompts, mask = fresh[0].prompts
-            draft = DraftLane(self._model, len(self._specs[0].voices), prompts, mask, states, room)
-            first = [logits, *(lane.prefill() for lane in fresh[1:])]
-        else:
-            first = [lane.prefill() for lane in fresh]
-        first = [logits.unflatten(0, (-1, len(rows))) for logits in first]
+        if self._model is not None and all(isinstance(lane, Lane) and lane.sees_everything for lane in lanes):
+            assert isinstance(lanes[0], Lane)
+            draft = DraftLane(self._model, len(self._specs[0].voices), *lanes[0].prompts, read[0], room)
+        # Copied, so that what was read may go.
+        states = [tensor[:, -1:].clone().unflatten(0, (-1, len(rows))) for tensor in read]
         everyone = [*self.rows, *rows]
-        controls = Controls(everyone, self._names, fresh[0].device, fresh[0].width)
+        controls = Controls(everyone, self._names, lanes[0].device, lanes[0].width)
         if self.rows:
-            for lane, other in zip(self._lanes, fresh, strict=True):
+            for lane, other in zip(self._lanes, lanes, strict=True):
                 lane.join(other, room)  # type: ignore[arg-type]  # lanes of one spec are of one kind
             if self._draft is not None and draft is not None:
                 self._draft.join(draft, room)
-            first = [torch.cat(pair, dim=1) for pair in zip(self.logits[0], first, strict=True)]
-            self.logits[0] = first
+            self._states = [torch.cat(pair, dim=1) for pair in zip(self._states, states, strict=True)]
         else:
-            self._lanes, self._draft, self.logits, self.guesses = fresh, draft, [first], []
+            self._lanes, self._draft, self._states = lanes, draft, states
         self.rows, self.controls = everyone, controls
+        self.guesses = torch.zeros(len(everyone), 1, dtype=torch.long, device=lanes[0].device)
+        self.tree = Tree()
 
-    def book(self, drawn: Sequence[Sequence[int]]) -> None:
-        """Take note of the tokens that each row has drawn from `logits`, in their order; of the last one, if none.
+    def book(self, drawn: Sequence[Sequence[int]], nodes: Sequence[Sequence[int]]) -> None:
+        """Take note of the tokens that each row has drawn, and of the nodes that it has drawn them at.
 
-        Guesses that they have not confirmed are forgotten.
+        All other guesses are forgotten.
         """
-        width = len(self.logits)
         device = self._lanes[0].device
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in drawn], device=device)
+        width = max(1, *map(len, drawn))
+
+        def padded(lists: Sequence[Sequence[int]]) -> Tensor:
+            return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], device=device)
+
+        tokens, branch = padded(drawn), padded(nodes)
         kept = torch.tensor([len(row) for row in drawn], device=device)
-        if width > 1:
+        if self.tree.guesses:
             for lane in self._lanes:
                 assert isinstance(lane, Lane)
-                lane.retract(width, kept)
+                lane.prune(branch, kept)
                 if lane.has_holes:
                     lane.pack()
         if self._draft is not None:
-            self._draft.observe(tokens, kept)
+            self._draft.observe(tokens, kept, branch)
         self._tokens = tokens[torch.arange(len(drawn), device=device), (kept - 1).clamp(min=0)]
+
+    def _by_voice(self, states: Tensor) -> Tensor:
+        """[M·B, …] -> [M, B, …]."""
+        return states.unflatten(0, (-1, len(self.rows)))
 
     def discharge(self) -> None:
         """Drop the rows that are done, once they are many enough."""
@@ -175,3 +218,13 @@ class Ward:
                 lane.keep(alive)
             self.controls.keep(alive)
             self._tokens = self._tokens[alive]
+
+
+def _advance(lane: Lane | TranslatedLane, tokens: Tensor) -> Tensor:
+    """Append a token [B]; what the next one is drawn from: states [M·B, 1, D] or logits [B, 1, V]."""
+    return lane.step_states(tokens) if isinstance(lane, Lane) else lane.step(tokens)[:, None]
+
+
+def _read(lane: Lane | TranslatedLane) -> Tensor:
+    """Read the prompts: states [M·B, P, D] or the logits after them [B, 1, V]."""
+    return lane.prefill_states() if isinstance(lane, Lane) else lane.prefill()[:, None]
