@@ -16,6 +16,7 @@ from llmdoctor.cli.options import (
     Device,
     Dimensions,
     Doctors,
+    Draft,
     Dtype,
     Form,
     Patient,
@@ -23,6 +24,7 @@ from llmdoctor.cli.options import (
     System,
     TrustRemoteCode,
     load,
+    load_drafter,
 )
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import UserError
@@ -53,6 +55,7 @@ def chat(
     alpha: Alpha = 1.0,
     sampling: Annotated[dict[str, Any], SAMPLING],
     stop: Stop = [],  # noqa: B006
+    draft: Draft = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -72,7 +75,7 @@ def chat(
     )
     from llmdoctor.decoding.engine import GuidedDecoder
 
-    decoder = GuidedDecoder(model, guides)
+    decoder = GuidedDecoder(model, guides, draft=load_drafter(run, draft, model))
     say_translations(run, decoder)
     conversation = Conversation(run, decoder, params, alpha, betas, system)
     run.kept = "A conversation is not kept anywhere."

@@ -19,6 +19,7 @@ from llmdoctor.cli.options import (
     Device,
     Dimensions,
     Doctors,
+    Draft,
     Dtype,
     Form,
     Overwrite,
@@ -27,6 +28,7 @@ from llmdoctor.cli.options import (
     System,
     TrustRemoteCode,
     load,
+    load_drafter,
 )
 from llmdoctor.cli.results import ResultFile
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
@@ -90,6 +92,7 @@ def generate(
     stop: Stop = [],  # noqa: B006
     best_of: _BestOf = 1,
     readout: _Readout = None,
+    draft: Draft = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts decoded together.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -123,7 +126,7 @@ def generate(
     )
     from llmdoctor.decoding.engine import GuidedDecoder
 
-    decoder = GuidedDecoder(model, guides, max_batch_size=batch_size)
+    decoder = GuidedDecoder(model, guides, max_batch_size=batch_size, draft=load_drafter(run, draft, model))
     say_translations(run, decoder)
     judge = _judge(readout, model)
     if prompt is not None:
@@ -245,7 +248,9 @@ def _answer_one(run: Run, decoder: GuidedDecoder, request: Request, judge: Reado
         typer.echo(printable(completion.text))
     if completion.finish_reason == "error":
         raise UserError("a model gave no distribution to draw from (not a number); the answer ends there")
-    run.progress.say(f"{len(completion.token_ids)} tokens, ended by {completion.finish_reason}")
+    passes = len(completion.token_ids) - completion.guesses_held
+    guessed = f", {len(completion.token_ids) / passes:.2f} a pass" if completion.guessed else ""
+    run.progress.say(f"{len(completion.token_ids)} tokens{guessed}, ended by {completion.finish_reason}")
 
 
 def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results: ResultFile) -> None:

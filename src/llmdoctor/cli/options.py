@@ -13,6 +13,7 @@ from llmdoctor.cli.fields import FieldsOf
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
+    from llmdoctor.models.draft import DraftModel
     from llmdoctor.models.loading import LoadedModel
     from llmdoctor.rewards.faces import FacePair
 
@@ -77,6 +78,14 @@ Form = Annotated[
     ),
 ]
 Alpha = Annotated[float, typer.Option("--alpha", help="Exponent α of the patient.", rich_help_panel="Guidance")]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="FOLDER",
+        help="A draft model from `llmdoctor draft`: answers come faster where its guesses hold, and are the same.",
+    ),
+]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system prompt, in place of a prompt's own.")
 ]
@@ -96,6 +105,16 @@ def load(run: Run, spec: str, dtype: str, device: str, trust_remote_code: bool) 
     from llmdoctor.models.loading import load_model
 
     return load_model(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code, verbose=run.verbose)
+
+
+def load_drafter(run: Run, folder: Path | None, patient: LoadedModel) -> DraftModel | None:
+    """The draft model of `--draft`, if one is given."""
+    if folder is None:
+        return None
+    run.progress.say(f"loading the draft model {folder}")
+    from llmdoctor.models.draft import load_draft
+
+    return load_draft(folder, patient)
 
 
 def choose_faces(dimension: str, path: Path | None, paraphrase: int) -> FacePair:

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.guides import Guide, Tally, lanes_of
+from llmdoctor.decoding.cache import new_cache, sees_everything
+from llmdoctor.decoding.guides import Guide, LaneSpec, Tally, lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
@@ -46,8 +47,8 @@ class GuidedDecoder:
         patient: the frozen model.
         guides: from `load_guide`; none decodes the patient alone.
         max_batch_size: rows decoded together.
-        draft: from `load_draft`; guesses what comes next, so that a pass of the patient gives several tokens where the
-            guesses hold. It changes no token (up to the rounding of passes of other shapes), only how fast they come.
+        draft: from `load_draft` for this patient; guesses what comes next, so that a pass of the patient gives several
+            tokens where guesses hold. It changes no token, but for the rounding of passes of other shapes.
         max_guesses: guesses a pass at most; how many pay is measured while decoding, and may be none.
     """
 
@@ -69,6 +70,8 @@ class GuidedDecoder:
             raise UserError(f"two doctors share a name: {', '.join(self.names)}; give each its own")
         self.lanes, voices, references = lanes_of(patient, list(guides))
         self.mixture = Mixture(voices, references)
+        if draft is not None:
+            _check_draft(draft, self.lanes)
         self.draft = draft
         self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
@@ -245,6 +248,24 @@ class GuidedDecoder:
         if controls.penalises:
             ward.controls.seen[torch.tensor(places, device=device), tokens] = True
         return found
+
+
+def _check_draft(draft: DraftModel, lanes: Sequence[LaneSpec]) -> None:
+    """UserError where guesses cannot be made or checked."""
+    if draft.get_input_embeddings() is not lanes[0].model.get_input_embeddings():
+        raise UserError("the draft model was loaded for another patient; load it with load_draft(folder, patient)")
+    for lane in lanes:
+        name = type(lane.model).__name__
+        if lane.translation is not None:
+            raise UserError(
+                "a draft model cannot be used beside a doctor of another vocabulary: a text that goes on may be split "
+                "otherwise, so several guesses cannot be checked in one pass; leave one of them out"
+            )
+        if not sees_everything(new_cache(lane.model.config, 0)):
+            raise UserError(
+                f"a draft model cannot be used with {name}: it has layers that see a window or a state, from which "
+                "guesses that do not hold cannot be taken back; leave it out"
+            )
 
 
 def _blocks(places: list[int], size: int) -> Iterator[list[int]]:

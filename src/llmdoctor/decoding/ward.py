@@ -161,8 +161,7 @@ class Ward:
         ]
         read = [_read(lane) for lane in lanes]
         draft = None
-        if self._model is not None and all(isinstance(lane, Lane) and lane.sees_everything for lane in lanes):
-            assert isinstance(lanes[0], Lane)
+        if self._model is not None and isinstance(lanes[0], Lane):
             draft = DraftLane(self._model, len(self._specs[0].voices), *lanes[0].prompts, read[0], room)
         # Copied, so that what was read may go.
         states = [tensor[:, -1:].clone().unflatten(0, (-1, len(rows))) for tensor in read]

@@ -1,0 +1,310 @@
+"""Guessing ahead changes no token: whatever guesses, however many, whoever shares the batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import fresh_doctor, load, shaken
+from torch import Tensor
+
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.decoding.lane import Lane
+from llmdoctor.decoding.pace import Pace
+from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.decoding.row import RANKS
+from llmdoctor.decoding.tree import Tree, best_tree
+from llmdoctor.decoding.ward import Ward
+from llmdoctor.errors import UserError
+from llmdoctor.models.draft import DraftModel
+from llmdoctor.models.loading import LoadedModel
+
+TEXTS = ["Hi", "the cat sat on the mat and the dog ran", "zebra? é 7", "how are you today, and " * 5]
+RATES = [0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def patient(tiny_folder: Path) -> LoadedModel:
+    return load(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def draft(patient: LoadedModel) -> DraftModel:
+    """Untrained, on a part of the vocabulary: its guesses are bad, and some tokens cannot be guessed at all."""
+    width = int(patient.model.get_output_embeddings().weight.shape[0])
+    vocabulary = torch.arange(width)[torch.arange(width) % 3 != 1]
+    return DraftModel.from_layers(patient.model, [1], vocabulary).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def guides(tiny_folder: Path, patient: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[Guide]:
+    """An adapter on the patient, run in its pass; and a model of its own in product and in ratio form."""
+    folder = tmp_path_factory.mktemp("speculation") / "doctor"
+    shaken(fresh_doctor(load(tiny_folder))).save_pretrained(folder)
+    beside = load_guide(folder, patient, name="beside")
+    assert beside.adapter is not None
+    other, base = (shaken(fresh_doctor(load(tiny_folder)), seed=seed).merged() for seed in (4, 5))
+    return [beside, Guide("product", other), Guide("ratio", other, base, system="Be kind.")]
+
+
+def requests(count: int = 14, **betas: float) -> list[Request]:
+    """Of all lengths from 1 to 37 tokens, with every warper, greedy ones, stops and rows of β = 0 among them."""
+    draw = random.Random(1)
+    found = []
+    for place in range(count):
+        sampling = SamplingParams(
+            max_new_tokens=1 + 36 * (place % 5) // 4,
+            seed=place,
+            temperature=(0.0, 1.0, 0.7, 1.4)[place % 4],
+            top_k=20 if place % 6 == 2 else 0,
+            top_p=0.8 if place % 6 == 3 else 1.0,
+            min_p=0.05 if place % 6 == 4 else 0.0,
+            repetition_penalty=1.3 if place % 7 == 2 else 1.0,
+            stop=("a",) if place % 5 == 4 else (),
+        )
+        own = {name: beta * draw.choice([0.0, 0.5, 1.0]) for name, beta in betas.items()}
+        found.append(Request.from_text(TEXTS[place % 4], alpha=draw.choice([1.0, 0.7]), betas=own, sampling=sampling))
+    return found
+
+
+def same(one: Completion, other: Completion) -> None:
+    assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+    assert one.logps == pytest.approx(other.logps, abs=1e-3)
+    assert one.patient_logps == pytest.approx(other.patient_logps, abs=1e-3)
+    assert one.drawn_logps == pytest.approx(other.drawn_logps, abs=1e-3)
+
+
+def always(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
+    monkeypatch.setattr(Pace, "choose", lambda self, rows: tree)
+
+
+TREES = [
+    Tree((0,), (0,)),
+    Tree((0, 1, 2, 3), (0, 0, 0, 0)),
+    Tree((0, 0, 0), (0, 1, 2)),
+    best_tree(RATES, 12, 3)[0],
+]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=["one", "chain", "siblings", "tree"])
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("guided", ["nobody", "beside", "product", "ratio", "everybody"])
+def test_no_token_changes(
+    patient: LoadedModel,
+    draft: DraftModel,
+    guides: list[Guide],
+    monkeypatch: pytest.MonkeyPatch,
+    tree: Tree,
+    size: int,
+    guided: str,
+) -> None:
+    """Fourteen requests through one or four places: rows come, go, and keep different numbers of guesses."""
+    here = [guide for guide in guides if guided in (guide.name, "everybody")]
+    asked = requests(**{guide.name: 1.0 for guide in here})
+    plain = GuidedDecoder(patient, here, max_batch_size=size).generate(asked)
+    always(monkeypatch, tree)
+    guessing = GuidedDecoder(patient, here, max_batch_size=size, draft=draft, max_guesses=12)
+    found = guessing.generate(asked)
+    for one, other in zip(plain, found, strict=True):
+        same(one, other)
+    tokens = sum(len(done.token_ids) for done in found)
+    assert sum(done.guessed for done in found) > tokens / 2
+    assert 0 < sum(done.guesses_held for done in found) < tokens
+
+
+def test_left_to_itself_it_changes_no_token_either(
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide]
+) -> None:
+    asked = requests(28, beside=1.0)
+    plain = GuidedDecoder(patient, guides[:1], max_batch_size=5).generate(asked)
+    decoder = GuidedDecoder(patient, guides[:1], max_batch_size=5, draft=draft)
+    for one, other in zip(plain, decoder.generate(asked), strict=True):
+        same(one, other)
+
+
+def oracle(monkeypatch: pytest.MonkeyPatch, truth: dict[int, list[int]], wrong: int | None = None) -> list[int]:
+    """Let the guesses be what plain decoding drew, but for the `wrong`-th of every answer; counts the passes."""
+    passes: list[int] = []
+    guess, grow = Ward._guess, Lane.grow
+
+    def guided(self: Ward, tree: Tree, inner: Any, says: Any) -> None:
+        guess(self, tree, inner, says)
+        depth = len(self.guesses[0]) - 1
+        for place, row in enumerate(self.rows):
+            at = len(row.completion.token_ids) + depth - 1
+            own = truth[row.index]
+            token = own[at] if at < len(own) else 0
+            self.guesses[place, -1] = token if at != wrong else (token + 1) % 250
+
+    def counted(self: Lane, tokens: Tensor, parents: Any) -> Tensor:
+        if not tokens.is_floating_point():
+            passes.append(tokens.shape[1])
+        return grow(self, tokens, parents)
+
+    monkeypatch.setattr(Ward, "_guess", guided)
+    monkeypatch.setattr(Lane, "grow", counted)
+    return passes
+
+
+@pytest.mark.parametrize("wrong", [None, 9])
+def test_good_guesses_save_passes(
+    patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch, wrong: int | None
+) -> None:
+    """Chains of three that always hold: 25 tokens in 6 passes and that of the prompt; a wrong guess costs one more."""
+    asked = [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=25, seed=3))]
+    decoder = GuidedDecoder(patient, draft=draft)
+    decoder.encoder.stop_ids = frozenset()
+    plain = GuidedDecoder(patient)
+    plain.encoder.stop_ids = frozenset()
+    expected = plain.generate(asked)[0]
+    always(monkeypatch, Tree((0, 1, 2), (0, 0, 0)))
+    passes = oracle(monkeypatch, {0: expected.token_ids}, wrong)
+    found = decoder.generate(asked)[0]
+    same(expected, found)
+    # The first token comes from the prompt. A pass gives three guesses and the token behind them.
+    assert passes == [4] * (6 if wrong is None else 7)
+    assert found.guessed == 3 * len(passes)
+    assert found.guesses_held == 25 - 1 - len(passes)
+    assert found.patient_forwards == 25 + found.guessed - found.guesses_held
+
+
+def test_draws_follow_the_enumerated_distribution(
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """χ² of 10⁵ draws, by threes, the third mostly behind a guess, against the distribution of all threes."""
+    temperature, top_k = 0.8, 5
+    sampling = SamplingParams(max_new_tokens=3, temperature=temperature, top_k=top_k)
+    request = Request.from_text("Hi", betas={"beside": 1.5}, sampling=sampling)
+    here = guides[:1]
+    always(monkeypatch, best_tree(RATES, 6, 2)[0])
+    decoder = GuidedDecoder(patient, here, max_batch_size=2500, draft=draft)
+    decoder.encoder.stop_ids = frozenset()
+    rows = 35_000
+    threes: dict[tuple[int, ...], int] = {}
+    held = 0
+    for start in range(0, rows, 2500):
+        asked = [replace(request, sampling=replace(sampling, seed=start + place)) for place in range(2500)]
+        for done in decoder.generate(asked):
+            threes[tuple(done.token_ids)] = threes.get(tuple(done.token_ids), 0) + 1
+            held += done.guesses_held
+    assert held > rows / 50, "guesses should have held"
+
+    merged = Guide("merged", load_merged(patient, here[0]), "patient")
+    prompt = decoder.encoder.prompt_ids(request.messages)
+
+    def follows(ids: list[int]) -> Tensor:
+        with torch.no_grad():
+            own = patient.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            theirs = merged.model.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        scores = (own + 1.5 * (theirs - own)) / temperature
+        return scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf).softmax(-1)
+
+    chi_square, cells = 0.0, 0
+    first = follows(prompt)
+    for one in first.nonzero()[:, 0].tolist():
+        second = follows([*prompt, one])
+        for two in second.nonzero()[:, 0].tolist():
+            third = follows([*prompt, one, two])
+            for three in third.nonzero()[:, 0].tolist():
+                expected = rows * float(first[one] * second[two] * third[three])
+                chi_square += (threes.pop((one, two, three), 0) - expected) ** 2 / expected
+                cells += 1
+    assert not threes
+    assert chi_square < cells - 1 + 5 * (2 * (cells - 1)) ** 0.5
+
+
+def load_merged(patient: LoadedModel, guide: Guide) -> LoadedModel:
+    """The guide's adapter in weights of its own, by plain arithmetic."""
+    import copy
+
+    model = copy.deepcopy(patient.model)
+    assert guide.adapter is not None
+    fused = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
+             "down": ("down_proj",)}  # fmt: skip
+    with torch.no_grad():
+        for number, delta in guide.adapter.layers.items():
+            layer = model.get_decoder().layers[number]
+            for place, names in fused.items():
+                change = getattr(delta, place)
+                if change is None:
+                    continue
+                modules = [dict(layer.named_modules())[f"{'self_attn' if place in ('qkv', 'out') else 'mlp'}.{name}"]
+                           for name in names]  # fmt: skip
+                whole = change(torch.eye(modules[0].in_features)).T
+                for module, part in zip(modules, whole.split([module.out_features for module in modules]), strict=True):
+                    module.weight = torch.nn.Parameter(module.weight + part)
+    return replace(patient, model=model)
+
+
+def test_streams_show_whole_text(patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch, TREES[1])
+    request = Request.from_text(TEXTS[1], sampling=SamplingParams(max_new_tokens=30, seed=5))
+    expected = GuidedDecoder(patient).generate([request])[0]
+    assert "".join(GuidedDecoder(patient, draft=draft).stream(request)) == expected.text
+
+
+def test_a_broken_model_behind_a_guess_ends_its_row_alone(
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second row's product guide says NaN from the fifth token on; the first one does not listen to it."""
+    always(monkeypatch, TREES[1])
+    asked = [
+        Request.from_text("Hi", betas={"product": beta}, sampling=SamplingParams(max_new_tokens=12, seed=1))
+        for beta in (0.0, 1.0)
+    ]
+    decoder = GuidedDecoder(patient, guides[1:2], draft=draft)
+    decoder.encoder.stop_ids = frozenset()
+    expected = decoder.generate(asked)
+    logits = Ward.logits
+
+    def poisoned(self: Ward, places: Any, nodes: Any) -> list[Tensor]:
+        found = logits(self, places, nodes)
+        for number, place in enumerate(places):
+            if len(self.rows[place].completion.token_ids) >= 5:
+                found[1][:, number] = float("nan")
+        return found
+
+    monkeypatch.setattr(Ward, "logits", poisoned)
+    found = decoder.generate(asked)
+    same(expected[0], found[0])
+    assert (found[1].finish_reason, found[1].token_ids) == ("error", expected[1].token_ids[:5])
+
+
+def test_out_of_memory_goes_on_with_fewer(
+    patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [replace(request, betas={}) for request in requests(6)]
+    expected = GuidedDecoder(patient, max_batch_size=6).generate(asked)
+    always(monkeypatch, TREES[3])
+    grow, calls = Lane.grow, 0
+
+    def failing(self: Lane, tokens: Tensor, parents: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grow(self, tokens, parents)
+
+    monkeypatch.setattr(Lane, "grow", failing)
+    for one, other in zip(expected, GuidedDecoder(patient, max_batch_size=6, draft=draft).generate(asked), strict=True):
+        same(one, other)
+    assert calls > 7
+
+
+def test_a_draft_of_another_patient_is_refused(tiny_folder: Path, draft: DraftModel) -> None:
+    with pytest.raises(UserError, match="another patient"):
+        GuidedDecoder(load(tiny_folder), draft=draft)
+
+
+def test_the_number_of_guesses_is_checked(patient: LoadedModel, draft: DraftModel) -> None:
+    with pytest.raises(UserError, match="max_guesses must be at least 1, got 0"):
+        GuidedDecoder(patient, draft=draft, max_guesses=0)
+
+
+def test_ranks_are_as_many_as_candidates() -> None:
+    assert len(RATES) == RANKS
