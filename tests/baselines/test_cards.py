@@ -158,26 +158,35 @@ def test_after_the_last_try_the_best_is_taken(
 
 
 def some_requests() -> list[Request]:
+    """Enough rows that those at the ends of their segments have to wait for each other."""
     return [
-        ask(TEXTS[0], temperature=1.0, seed=0, max_new_tokens=5),
-        ask(TEXTS[1], temperature=1.0, seed=1, max_new_tokens=30),
-        ask(TEXTS[2], temperature=0.8, seed=2, max_new_tokens=12, top_k=20),
-        ask(TEXTS[3], temperature=1.0, seed=3, max_new_tokens=30, stop=("e", "t")),
-        ask(TEXTS[0], temperature=1.0, seed=4, max_new_tokens=0),
-        ask(TEXTS[0], temperature=1.3, seed=5, max_new_tokens=30, min_p=0.01),
+        request
+        for seed in range(0, 24, 6)
+        for request in (
+            ask(TEXTS[0], temperature=1.0, seed=seed, max_new_tokens=5),
+            ask(TEXTS[1], temperature=1.0, seed=seed + 1, max_new_tokens=30),
+            ask(TEXTS[2], temperature=0.8, seed=seed + 2, max_new_tokens=12, top_k=20),
+            ask(TEXTS[3], temperature=1.0, seed=seed + 3, max_new_tokens=30, stop=("e", "t")),
+            ask(TEXTS[0], temperature=1.0, seed=seed + 4, max_new_tokens=0),
+            ask(TEXTS[0], temperature=1.3, seed=seed + 5, max_new_tokens=30, min_p=0.01),
+        )
     ]
 
 
 @pytest.mark.parametrize(("max_tries", "slack"), [(2, 0), (12, 0), (12, 1000)])
 def test_a_row_does_not_see_its_batch(
-    patient: LoadedModel, critic: RewardModel, monkeypatch: pytest.MonkeyPatch, max_tries: int, slack: int
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, max_tries: int, slack: int
 ) -> None:
-    """Rows accept, reject, run out of tries and end at different times; caches are packed at every step, or never."""
+    """Rows accept, reject, wait, run out of tries and end at different times; caches are packed always, or never."""
     monkeypatch.setattr(lane, "_PACK_ABOVE", 1.0)
     monkeypatch.setattr(lane, "_PACK_SLACK", slack)
     packed: list[int] = []
     pack = lane.Lane.pack
     monkeypatch.setattr(lane.Lane, "pack", lambda self: packed.append(1) or pack(self))
+    patient, critic = load(tiny_folder), critic_of(tiny_folder)
+    # What a batch rounds otherwise is then far too small to carry an entropy or a reward across its threshold.
+    patient.model.double()
+    critic.model.double()
     options = CARDSOptions(4.0, entropy=5.1, min_segment=2, max_segment=6, max_tries=max_tries)
     decoder = CARDS(patient, critic, options)
     alone = [decoder.generate([request])[0] for request in some_requests()]

@@ -135,7 +135,8 @@ class CARDS(Method):
             row.completion.kl_bound = 0.0
         while True:
             tokens = self._draw(rows, drafts, logits, controls)
-            active = [not row.done and not draft.ends for row, draft in zip(rows, drafts, strict=True)]
+            # A row that waits for its reward got no token: `tokens` holds some other draw in its place.
+            active = [not (row.done or draft.ends or draft.waits) for row, draft in zip(rows, drafts, strict=True)]
             if any(active):
                 logits = lane.step(tokens, torch.tensor(active))[:, : self.width].float()
             self._mark(rows, drafts, logits, active)
