@@ -1,17 +1,21 @@
 """What does guidance cost, and how far is the engine from transformers' own decoding?
 
-    python -m benchmarks.decoding [--quick] [--patient builtin:smollm2] [--output benchmarks/results/decoding.json]
+    python -m benchmarks.decoding [--quick] [--patient builtin:smollm2] [--doctor FOLDER] [--draft FOLDER]
+                                  [--output benchmarks/results/decoding.json]
 
-Five ways to decode the same prompts with the same sampling (temperature 1, a fixed number of tokens), in one process,
-after a warm-up of each, in interleaved rounds:
+Ways to decode the same prompts with the same sampling (temperature 1, a fixed number of tokens), in one process, after
+a warm-up of each, in interleaved rounds:
 
 - transformers: `generate` of the patient alone;
 - patient: our engine, the patient alone;
 - guided: our engine with a LoRA doctor on the patient's base, in the patient's own pass (ratio form);
 - guided_apart: our engine with the same doctor merged into weights of its own, as one with another base runs;
-- logits_processor: the usual way, a `LogitsProcessor` that runs the merged doctor, with its cache, inside `generate`.
+- logits_processor: the usual way, a `LogitsProcessor` that runs the merged doctor, with its cache, inside `generate`;
+- speculative: as guided, with a draft model that guesses ahead; patient_speculative: as patient, with that draft.
 
-The doctor has the shape that `llmdoctor train` gives it and random numbers for weights: these are timings, not quality.
+Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights: then these are
+timings, not quality, and guesses hold as often as they do for such a doctor. The draft is the one in --draft
+(`runs/draft` if that is there); without one, a draft is trained for a moment first, too short to be any good.
 Peak memory is that of whole processes that decode the patient alone, guided and guided_apart.
 """
 
@@ -44,12 +48,16 @@ from llmdoctor.data.prompts import load_prompts  # noqa: E402
 from llmdoctor.decoding.adapter import Adapter  # noqa: E402
 from llmdoctor.decoding.engine import GuidedDecoder  # noqa: E402
 from llmdoctor.decoding.guides import Guide, load_guide  # noqa: E402
-from llmdoctor.decoding.request import Request, SamplingParams  # noqa: E402
-from llmdoctor.models.doctor import Doctor  # noqa: E402
+from llmdoctor.decoding.request import Completion, Request, SamplingParams  # noqa: E402
+from llmdoctor.decoding.tree import Tree  # noqa: E402
+from llmdoctor.models.doctor import Doctor, DoctorConfig  # noqa: E402
+from llmdoctor.models.draft import DraftModel, load_draft  # noqa: E402
 from llmdoctor.models.loading import LoadedModel, load_model  # noqa: E402
+from llmdoctor.shrink.drafter import DraftOptions, make_draft  # noqa: E402
 from llmdoctor.tfpo.train import DoctorOptions, lora_arguments  # noqa: E402
 
 BETA = 1.0
+DRAFT = Path("runs/draft")
 
 
 class DoctorProcessor(LogitsProcessor):
@@ -93,8 +101,18 @@ def conversations(count: int) -> list[Any]:
     return (found * (1 + count // len(found)))[:count]
 
 
-def engine(patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) -> Callable[[], None]:
-    decoder = GuidedDecoder(patient, guides, max_batch_size=rows)
+def brief_draft(spec: str, folder: Path) -> None:
+    """A draft model of a few seconds' training."""
+    make_draft(load_model(spec), load_prompts("builtin:prompts/train"), folder,
+               options=DraftOptions(tokens=2000, epochs=2, held_out=4, max_new_tokens=48))  # fmt: skip
+
+
+def engine(
+    patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, draft: DraftModel | None = None,
+    done: list[Completion] | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """Work that decodes `rows` prompts; completions of every run are added to `done`."""
+    decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     # Every way makes the same number of tokens.
     decoder.encoder.stop_ids = frozenset()
     betas = {guide.name: BETA for guide in guides}
@@ -104,8 +122,10 @@ def engine(patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) ->
     ]
 
     def run() -> None:
-        made = sum(len(done.token_ids) for done in decoder.generate(requests))
-        assert made == rows * tokens, made
+        completions = decoder.generate(requests)
+        assert sum(len(made.token_ids) for made in completions) == rows * tokens
+        if done is not None:
+            done += completions
 
     return run
 
@@ -160,16 +180,42 @@ def peak(way: str, arguments: argparse.Namespace, doctor: Path) -> int:
     return int(done.stdout.split()[-1])
 
 
-def measure(arguments: argparse.Namespace, doctor: Path) -> dict[str, Any]:
+def guesses(completions: list[Completion]) -> dict[str, float]:
+    """How guessing went, over all tokens: those that a pass gave, and the guesses that one made."""
+    tokens = sum(len(done.token_ids) for done in completions)
+    passes = tokens - sum(done.guesses_held for done in completions)
+    return {
+        "tokens_per_pass": tokens / passes,
+        "guesses_per_pass": sum(done.guessed for done in completions) / passes,
+    }
+
+
+def first_guess(draft: DraftModel, patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) -> float:
+    """Share of tokens that were guessed right where one guess a token is made, always."""
+    completions: list[Completion] = []
+    decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
+    decoder.pace.choose = lambda rows: Tree((0,), (0,))  # type: ignore[method-assign]
+    betas = {guide.name: BETA for guide in guides}
+    completions = decoder.generate([
+        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
+        for seed, messages in enumerate(conversations(rows))
+    ])  # fmt: skip
+    return sum(done.guesses_held for done in completions) / sum(done.guessed for done in completions)
+
+
+def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[str, Any]:
     sizes, tokens, rounds = ([1, 16], 16, 1) if arguments.quick else ([1, 4, 16], 64, 3)
     patient = load_model(arguments.patient)
     beside = load_guide(doctor, patient, name="it")
     assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
     own = merged(doctor, arguments.patient)
     apart = replace(beside, model=own, adapter=None)
+    draft = load_draft(folder, patient)
     rows: list[dict[str, Any]] = []
-    print(f"{'batch':>5} {'way':>17} {'tokens/s':>9} {'÷ patient':>10}")
+    guessed: dict[str, Any] = {}
+    print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
     for size in sizes:
+        heard: dict[str, list[Completion]] = {"speculative": [], "patient_speculative": []}
         ways = {
             "transformers": transformers(patient, None, size, tokens),
             "patient": engine(patient, [], size, tokens),
@@ -177,9 +223,15 @@ def measure(arguments: argparse.Namespace, doctor: Path) -> dict[str, Any]:
             "guided": engine(patient, [beside], size, tokens),
             "guided_apart": engine(patient, [apart], size, tokens),
             "logits_processor": transformers(patient, own.model, size, tokens),
+            "speculative": engine(patient, [beside], size, tokens, draft, heard["speculative"]),
+            "patient_speculative": engine(patient, [], size, tokens, draft, heard["patient_speculative"]),
         }
-        for work in ways.values():
-            work()
+        for way, work in ways.items():
+            # What is guessed follows what guesses have cost, which takes some rounds to be known.
+            for _ in range(3 if way in heard and not arguments.quick else 1):
+                work()
+        for completions in heard.values():
+            completions.clear()
         gc.collect()
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
@@ -191,7 +243,8 @@ def measure(arguments: argparse.Namespace, doctor: Path) -> dict[str, Any]:
             ratio = statistics.median(a / b for a, b in zip(seconds["patient"], times, strict=True))
             rate = size * tokens / statistics.median(times)
             rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
-            print(f"{size:>5} {way:>17} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+            print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+        guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
 
     def ratios(way: str, other: str) -> dict[str, float]:
         """Medians over rounds of how many times as fast one way is as another, by batch size."""
@@ -210,6 +263,12 @@ def measure(arguments: argparse.Namespace, doctor: Path) -> dict[str, Any]:
         "guided_apart_vs_patient": ratios("guided_apart", "patient"),
         "guided_vs_logits_processor": ratios("guided", "logits_processor"),
         "guided_apart_vs_logits_processor": ratios("guided_apart", "logits_processor"),
+        "speculative_vs_patient": ratios("speculative", "patient"),
+        "speculative_vs_guided": ratios("speculative", "guided"),
+        "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
+        "acceptance": first_guess(draft, patient, [beside], 16, tokens),
+        "acceptance_patient": first_guess(draft, patient, [], 16, tokens),
+        "guesses": guessed,
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
         "peak_bytes": peaks,
@@ -223,23 +282,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two batch sizes, 16 tokens; within a minute on two cores")
     parser.add_argument("--patient", default="builtin:smollm2")
+    parser.add_argument("--doctor", type=Path, help="a trained LoRA doctor on the patient; a random one if left out")
+    parser.add_argument("--draft", type=Path, help="from `llmdoctor draft`")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory", choices=["patient", "guided", "guided_apart"], help=argparse.SUPPRESS)
-    parser.add_argument("--doctor", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         memory(arguments.memory, arguments.patient, arguments.doctor, 4, 16)
         return
     # It warns that an end-of-turn token of −1 lets answers run to their full length, which is what is wanted.
     logging.set_verbosity_error()
+    brief = arguments.draft is None and not DRAFT.is_dir()
     with tempfile.TemporaryDirectory() as folder:
-        doctor = Path(folder) / "doctor"
-        make_doctor(arguments.patient, doctor)
-        result = measure(arguments, doctor)
-    head = {"benchmark": "decoding", "quick": arguments.quick, "patient": arguments.patient, "doctor": "random LoRA"}
-    for name in ("patient_vs_transformers", "guided_vs_patient", "guided_vs_logits_processor"):
+        doctor, draft = arguments.doctor, arguments.draft or DRAFT
+        if doctor is None:
+            doctor = Path(folder) / "doctor"
+            make_doctor(arguments.patient, doctor)
+        if brief:
+            print("no draft model: one is trained for a moment (make a good one with `llmdoctor draft -o runs/draft`)")
+            draft = Path(folder) / "draft"
+            brief_draft(arguments.patient, draft)
+        result = measure(arguments, doctor, draft)
+    head = {
+        "benchmark": "decoding",
+        "quick": arguments.quick,
+        "patient": arguments.patient,
+        "doctor": "random LoRA" if arguments.doctor is None else DoctorConfig.load(doctor).dimension,
+        "draft": "trained for a moment" if brief else "trained",
+    }
+    for name in (
+        "patient_vs_transformers", "guided_vs_patient", "guided_vs_logits_processor", "speculative_vs_patient",
+        "speculative_vs_guided",
+    ):  # fmt: skip
         print(name, json.dumps({size: round(value, 2) for size, value in result[name].items()}))
-    print(f"memory_ratio {result['memory_ratio']:.2f}")
+    print(f"acceptance {result['acceptance']:.2f}  memory_ratio {result['memory_ratio']:.2f}")
     record({**head, **result}, arguments.output)
 
 
