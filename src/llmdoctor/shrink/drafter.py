@@ -50,11 +50,11 @@ class DraftOptions(DistilOptions):
 
     Attributes:
         layers: how many layers it has; they begin as the patient's last ones. More agree better and make a guess cost
-            more; one pays best as a rule.
+            more.
         vocabulary: how many tokens may be guessed, the most frequent of the answers learned from. Fewer make a guess
             cost less, because most of it is the head, and miss the rarer tokens.
-        unroll: guesses in a row to train. At 1 it learns to guess from the patient's states alone; more cost time in
-            proportion and make later guesses, which read its own estimates, better.
+        unroll: guesses in a row to train. At 1 it learns to guess from the patient's states alone; at more also from
+            its own estimates, as later guesses do, for as many times the passes.
     """
 
     layers: int = 1
