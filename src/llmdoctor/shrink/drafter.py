@@ -218,7 +218,8 @@ def _measure(draft: DraftModel, answers: Sequence[Answer]) -> dict[str, float]:
     sums = torch.zeros(2, 4, dtype=torch.float64)
     for batch in to_measure(answers, collate, draft.decoder.device):
         for number, (hidden, states, normalisers) in enumerate(_guesses(draft, batch, 2)):
-            sums[number] += torch.tensor([*mean_overlap(hidden, states, draft.head, normalisers), len(hidden)])
+            found = mean_overlap(hidden, states, draft.head, normalisers)
+            sums[number] += torch.tensor([*found, len(hidden)], dtype=torch.float64)
     first, second = sums[:, :3] / sums[:, 3:].clamp(min=1)
     return {
         "acceptance": float(first[0]),
