@@ -58,6 +58,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -
     return save_tiny(tmp_path_factory.mktemp("tiny"), tiny_tokenizer)
 
 
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Five random layers, embeddings tied to the head, as SmolLM2's are."""
+    return save_tiny(tmp_path_factory.mktemp("deep"), tiny_tokenizer, seed=3, context=128, layers=5, tied=True)
+
+
 @pytest.fixture
 def tiny_model(tiny_folder: Path) -> LoadedModel:
     """The tiny model, loaded afresh for every test: float32, frozen, on the CPU."""

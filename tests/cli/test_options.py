@@ -24,6 +24,7 @@ SOURCES = [
     ("llmdoctor.tfpo.config", "TFPOConfig"),
     ("llmdoctor.decoding.request", "SamplingParams"),
     ("llmdoctor.demo", "DemoOptions"),
+    ("llmdoctor.shrink.distil", "DistilOptions"),
 ]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 
@@ -39,6 +40,15 @@ def test_what_is_read_from_the_source_is_what_the_class_has(module: str, name: s
         assert setting.default == real[setting.name].default
         assert setting.annotation == real[setting.name].type
         assert setting.help, f"{name}.{setting.name} has no help"
+
+
+def test_fields_of_a_class_of_ours_that_is_extended_follow_with_the_help_written_there() -> None:
+    settings = {setting.name: setting for setting in read_settings("llmdoctor.shrink.drafter", "DraftOptions")}
+    base = {setting.name: setting for setting in read_settings("llmdoctor.shrink.distil", "DistilOptions")}
+    assert list(settings)[:4] == ["layers", "vocabulary", "unroll", "batch_tokens"]
+    assert settings.keys() > base.keys()
+    assert settings["tokens"] == base["tokens"]
+    assert settings["batch_tokens"] == dataclasses.replace(base["batch_tokens"], default=512)
 
 
 def test_fields_are_chosen_in_the_order_asked_for() -> None:

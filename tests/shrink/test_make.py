@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.killing import JobServer, last_step
 from tests.tiny import load, naive_logps, tensors
 
@@ -21,8 +23,9 @@ from llmdoctor.models.layers import keep_layers
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink import make
+from llmdoctor.shrink.distil import Batches
 from llmdoctor.shrink.losses import distillation_loss
-from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, _Batches, collate, shrink
+from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, collate, shrink
 from llmdoctor.shrink.samples import Answer, Sampler
 
 PROMPTS = [Prompt(f"p{number}", ({"role": "user", "content": f"{number} the cat" * 3},)) for number in range(40)]
@@ -90,7 +93,7 @@ def test_the_figures_are_those_of_the_stored_model(
     """Acceptance and KL of the held-out answers, drawn once more and read one by one in float64."""
     folder, record = made
     small = load(folder)
-    mixed = make.random.Random(0).sample(PROMPTS, len(PROMPTS))
+    mixed = random.Random(0).sample(PROMPTS, len(PROMPTS))
     answers = Sampler(patient, tmp_path, OPTIONS.max_new_tokens, 0).draw("held-out", mixed[-8:], 1)
     accepted = kl = tokens = 0.0
     with torch.no_grad():
@@ -113,7 +116,7 @@ def test_figures_in_bfloat16_are_those_of_the_stored_model(deep_folder: Path, tm
     record = shrink(patient, PROMPTS, tmp_path / "small", options=replace(OPTIONS, tokens=200, epochs=1))
     small = load_model(str(tmp_path / "small"), dtype="bfloat16", device="cpu").model
     small.set_attn_implementation("eager")
-    mixed = make.random.Random(0).sample(PROMPTS, len(PROMPTS))
+    mixed = random.Random(0).sample(PROMPTS, len(PROMPTS))
     held = Sampler(patient, tmp_path / "answers", OPTIONS.max_new_tokens, 0).draw("held-out", mixed[-8:], 1)
     assert make._measure(small, held, LogitsHead.for_model(patient.model)) == record["held_out"]["after"]
 
@@ -157,24 +160,35 @@ def test_answers_are_the_patients_own_at_temperature_one(patient: LoadedModel, t
     assert len({tuple(answer.completion_ids) for answer in drawn}) == len(drawn) > 3, "a prompt's draws differ"
     for answer in drawn:
         ids, states = answer.prompt_ids + answer.completion_ids, answer.states()
-        assert states.shape == (len(answer.completion_ids), 32)
-        got = patient.model.lm_head(states).log_softmax(-1).gather(1, torch.tensor(answer.completion_ids)[:, None])
+        assert states.shape == (answer.length - 1, 32)
+        begin = len(answer.prompt_ids) - 1
+        plain = patient.model.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, :-1]
+        assert torch.allclose(states, plain, atol=1e-5)
+        logits = patient.model.lm_head(states[begin:])
+        assert torch.allclose(answer.log_normalisers()[begin:], logits.logsumexp(-1), atol=1e-5)
+        assert not answer.log_normalisers()[:begin].any()
+        got = logits.log_softmax(-1).gather(1, torch.tensor(answer.completion_ids)[:, None])
         expected = naive_logps(patient.model, answer.prompt_ids, answer.completion_ids)
         assert torch.allclose(got[:, 0].double(), expected, atol=1e-4), ids
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert sampler.draw("learned", prompts, 60) == drawn
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stored, "what is there is not drawn again"
+    first = min(stored)
+    from_before = {name: tensor for name, tensor in load_file(first).items() if name != "log_normalisers"}
+    save_file(from_before, str(first))
+    assert sampler.draw("learned", prompts, 60) == drawn
+    assert drawn[0].log_normalisers().any(), "a file of another format is drawn again"
     assert sampler.draw("other", prompts, 1)[0].completion_ids != drawn[0].completion_ids
-    seed = make.random.Random("5/learned/0/p0").getrandbits(62)
+    seed = random.Random("5/learned/0/p0").getrandbits(62)
     request = Request(prompts[0].messages, sampling=SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed))
     assert GuidedDecoder(patient).generate([request])[0].token_ids == drawn[0].completion_ids
 
 
 def test_batches_hold_every_answer_once_and_no_more_tokens_than_allowed() -> None:
-    draw = make.random.Random(0)
+    draw = random.Random(0)
     answers = [Answer([1] * draw.randint(1, 9), [2] * draw.randint(1, 9), Path(), n) for n in range(50)]
     answers.append(Answer([1] * 30, [2] * 30, Path(), 50))
-    batches = _Batches(answers, 40).batches
+    batches = Batches(answers, 40).batches
     assert sorted(answer.start for batch in batches for answer in batch) == list(range(51))
     sizes = [len(batch) * max(answer.length for answer in batch) for batch in batches]
     assert sizes[-1] == 60, "an answer that is too long by itself is a batch by itself"
@@ -184,15 +198,13 @@ def test_batches_hold_every_answer_once_and_no_more_tokens_than_allowed() -> Non
 
 def test_collate(patient: LoadedModel, tmp_path: Path) -> None:
     """The docstring's example: columns 1, 2 of the first row and 0 of the second come before answer tokens."""
-    states = torch.arange(6.0).reshape(3, 2)
+    states = torch.arange(8.0).reshape(4, 2)
     make_file = tmp_path / "s.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"states": states}, str(make_file))
     batch = collate([Answer([5, 6], [7, 2], make_file, 1), Answer([5], [8], make_file, 0)])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 2] + [0] * 12, [5, 8] + [0] * 14]
     assert batch["before"].nonzero().tolist() == [[0, 1], [0, 2], [1, 0]]
-    assert torch.equal(batch["states"], states[[1, 2, 0]])
+    assert torch.equal(batch["states"], states[[2, 3, 0]])
 
 
 JOB = f"""

@@ -77,23 +77,37 @@ class FieldsOf:
 
 @cache
 def read_settings(module: str, name: str) -> tuple[Setting, ...]:
-    """The fields of a dataclass that its own body declares, in order.
+    """The fields of a dataclass that its own body declares, in order, then those of the class of ours that it extends.
 
-    A field's help is its `metadata["help"]`, else its entry under "Attributes:" in the class's docstring.
+    A field's help is its `metadata["help"]`, else its entry under "Attributes:" in the class's docstring; a field that
+    only gives an inherited one another default has that one's.
     """
     spec = importlib.util.find_spec(module)
     source = spec.loader.get_source(module) if spec and isinstance(spec.loader, importlib.abc.InspectLoader) else None
     if source is None:
         raise RuntimeError(f"no source of {module}, which the command line reads its options from")
-    body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
-    documented = _attributes(ast.get_docstring(body) or "")
+    tree = ast.parse(source)
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    inherited = {setting.name: setting for base in body.bases for setting in _settings_of_base(tree, base)}
+    documented = {name: setting.help for name, setting in inherited.items()}
+    documented |= _attributes(ast.get_docstring(body) or "")
     settings = []
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             default, text = _default_and_help(node.value)
             field = node.target.id
             settings.append(Setting(field, ast.unparse(node.annotation), default, text or documented.get(field, "")))
-    return tuple(settings)
+            inherited.pop(field, None)
+    return (*settings, *inherited.values())
+
+
+def _settings_of_base(tree: ast.Module, base: ast.expr) -> tuple[Setting, ...]:
+    name = ast.unparse(base)
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            module = node.module or ""
+            return read_settings(module, name) if module.startswith("llmdoctor.") else ()
+    return ()
 
 
 def _default_and_help(value: ast.expr) -> tuple[Any, str]:

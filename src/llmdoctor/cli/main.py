@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from llmdoctor.cli import bench, chat, demo, generate, inspect, models, pairs, readout, rewards, shrink, train
+from llmdoctor.cli import bench, chat, demo, draft, generate, inspect, models, pairs, readout, rewards, shrink, train
 from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
 from llmdoctor.threads import spin_briefly
@@ -38,6 +38,7 @@ for function in (
     readout.readout,
     inspect.inspect,
     shrink.shrink,
+    draft.draft,
     train.train,
     generate.generate,
     chat.chat,

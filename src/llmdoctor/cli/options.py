@@ -48,6 +48,16 @@ FacesFile = Annotated[
 Paraphrase = Annotated[
     int, typer.Option("--paraphrase", metavar="N", help="Which of the dimension's paraphrased pairs of faces, from 1.")
 ]
+Answered = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        metavar="SOURCE",
+        help="What the patient answers: a .txt (one a line), .jsonl, .json or .parquet file, or builtin:prompts/train. "
+        "The nearer to what it will be used for, the better.",
+    ),
+]
+DISTIL_TRAINING = ("epochs", "learning_rate", "batch_tokens", "tv_weight", "seed")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 Doctors = Annotated[
     list[str],

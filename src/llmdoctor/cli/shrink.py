@@ -9,21 +9,21 @@ import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
-from llmdoctor.cli.options import DEFAULT_PATIENT, Device, Dtype, Patient, TrustRemoteCode, load, next_command
+from llmdoctor.cli.options import (
+    DEFAULT_PATIENT,
+    DISTIL_TRAINING,
+    Answered,
+    Device,
+    Dtype,
+    Patient,
+    TrustRemoteCode,
+    load,
+    next_command,
+)
 
-_TRAINING = ("epochs", "learning_rate", "batch_tokens", "tv_weight", "seed")
 _OPTIONS = ("llmdoctor.shrink.make", "ShrinkOptions")
 
 _Output = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The small model's folder.")]
-_Prompts = Annotated[
-    str,
-    typer.Option(
-        "--prompts",
-        metavar="SOURCE",
-        help="What the patient answers: a .txt (one a line), .jsonl, .json or .parquet file, or builtin:prompts/train. "
-        "The nearer to what it will be used for, the better.",
-    ),
-]
 
 
 @command
@@ -32,9 +32,9 @@ def shrink(
     *,
     output: _Output,
     patient: Patient = DEFAULT_PATIENT,
-    prompts: _Prompts = "builtin:prompts/train",
-    options: Annotated[dict[str, Any], FieldsOf(*_OPTIONS, panel="What is kept and drawn", without=_TRAINING)],
-    training: Annotated[dict[str, Any], FieldsOf(*_OPTIONS, panel="Training", only=_TRAINING)],
+    prompts: Answered = "builtin:prompts/train",
+    options: Annotated[dict[str, Any], FieldsOf(*_OPTIONS, panel="What is kept and drawn", without=DISTIL_TRAINING)],
+    training: Annotated[dict[str, Any], FieldsOf(*_OPTIONS, panel="Training", only=DISTIL_TRAINING)],
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -49,24 +49,14 @@ def shrink(
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
-    from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.cli.training_callback import distilling
     from llmdoctor.shrink.make import ShrinkOptions
     from llmdoctor.shrink.make import shrink as make_small
 
     chosen = ShrinkOptions(**options, **training)
     model = load(run, patient, dtype, device, trust_remote_code)
-    run.kept = f"Answers and checkpoints are kept in {output}.parts; the same command goes on from there."
-    run.progress.start("drawing answers", chosen.tokens, "tokens")
-    with quiet_training(run.verbose):
-        record = make_small(
-            model,
-            questions,
-            output,
-            options=chosen,
-            callbacks=[run.progress.training_callback("distilling")],
-            progress=run.progress.advance,
-        )
-    run.progress.close()
+    with distilling(run, output, chosen.tokens) as observers:
+        record = make_small(model, questions, output, options=chosen, **observers)
     from llmdoctor.evaluation.formatting import percent
 
     read, held_out = record["weights_read"], record["held_out"]["after"]

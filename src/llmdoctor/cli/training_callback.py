@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
+    from llmdoctor.cli.command import Run
     from llmdoctor.cli.progress import Progress
 
 
@@ -51,6 +52,16 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Finish the step."""
         self.progress.done()
+
+
+@contextmanager
+def distilling(run: Run, output: Path, tokens: int) -> Iterator[dict[str, Any]]:
+    """Show a distillation to `output` from `tokens` drawn tokens; yields the arguments by which it is observed."""
+    run.kept = f"Answers and checkpoints are kept in {output}.parts; the same command goes on from there."
+    run.progress.start("drawing answers", tokens, "tokens")
+    with quiet_training(run.verbose):
+        yield {"callbacks": [run.progress.training_callback("distilling")], "progress": run.progress.advance}
+    run.progress.close()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, write_json
-from llmdoctor.models.layers import decoder_layers, small_config, weights_read
+from llmdoctor.models.layers import cast_weights, copy_kept, small_config, weights_read
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 
@@ -46,7 +46,7 @@ class DraftModel(nn.Module):
         self.config = small_config(model.config, layers)
         self.config._attn_implementation = "sdpa"
         self.layers_from = list(layers)
-        self.decoder = type(decoder)(self.config).to(device=model.device, dtype=model.dtype)
+        self.decoder = cast_weights(type(decoder)(self.config).to(model.device), model.dtype)
         self.decoder.set_input_embeddings(model.get_input_embeddings())
         width = int(self.config.hidden_size)
         like = {"device": model.device, "dtype": model.dtype}
@@ -60,10 +60,7 @@ class DraftModel(nn.Module):
     def from_layers(cls, model: Any, layers: Sequence[int], vocabulary: Tensor) -> DraftModel:
         """One whose layers are copies of the model's and whose input is the sum of embedding and state."""
         draft = cls(model, layers, vocabulary)
-        originals = decoder_layers(model)
-        for copy, number in zip(draft.decoder.layers, layers, strict=True):
-            copy.load_state_dict(originals[number].state_dict())
-        draft.decoder.norm.load_state_dict(model.get_decoder().norm.state_dict())
+        copy_kept(model.get_decoder(), draft.decoder, layers)
         with torch.no_grad():
             one = torch.eye(draft.fuse.out_features)
             draft.fuse.weight.copy_(torch.cat([one, one], dim=-1))
@@ -91,6 +88,11 @@ class DraftModel(nn.Module):
         shared = {id(parameter) for parameter in self.get_input_embeddings().parameters()}
         return {name: tensor for name, tensor in self.named_parameters() if id(tensor) not in shared}
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Its own weights to `dtype`, in place: float32 to train them, the large model's to use them."""
+        for parameter in self.own_weights().values():
+            parameter.data = parameter.data.to(dtype)
+
     def weights_read(self) -> int:
         """Weights that one guess reads."""
         return sum(tensor.numel() for tensor in self.own_weights().values()) + self.head.weight.numel()
@@ -115,22 +117,28 @@ class CutHead:
         return raw if self._finish is None else self._finish(raw)
 
 
-def save_draft(draft: DraftModel, patient: LoadedModel, record: Mapping[str, Any], path: Path) -> None:
-    """Write a folder, whole or not at all: weights in the patient's dtype, and `record` with what loading needs."""
+def save_draft(draft: DraftModel, patient: LoadedModel, record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Write a folder, whole or not at all: weights in the patient's dtype, and `record` with what loading needs.
+
+    Returns:
+        What its `draft.json` says.
+    """
     tensors = {
         name: tensor.detach().to(patient.model.dtype).contiguous() for name, tensor in draft.own_weights().items()
     }
     tensors["vocabulary"] = draft.vocabulary.to(torch.int32)
-    head = {
+    whole = {
         "schema_version": SCHEMA_VERSION,
         "patient": patient.spec,
         "patient_fingerprint": dict(patient.fingerprint),
         "layers": draft.layers_from,
         "weights_read": {"patient": weights_read(patient.model), "draft": draft.weights_read()},
+        **record,
     }
     with atomic_folder(path) as folder:
         save_file(tensors, str(folder / WEIGHTS_NAME))
-        write_json(folder / CONFIG_NAME, {**head, **record})
+        write_json(folder / CONFIG_NAME, whole)
+    return whole
 
 
 def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
@@ -145,7 +153,7 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
         raise UserError(f"{path} is not a draft model: it has no {CONFIG_NAME} (make one with `llmdoctor draft`)")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        schema, made_for, layers = config["schema_version"], config["patient_fingerprint"], config["layers"]
+        schema, made_for, layers = config["schema_version"], dict(config["patient_fingerprint"]), config["layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{config_path} is broken ({error!r}); make the draft model anew") from error
     if schema != SCHEMA_VERSION:
@@ -158,9 +166,10 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
             )
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
+        vocabulary = tensors.pop("vocabulary").long()
     except Exception as error:
-        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error}); make the draft model anew") from error
-    draft = DraftModel(patient.model, layers, tensors.pop("vocabulary").long())
+        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error!r}); make the draft model anew") from error
+    draft = DraftModel(patient.model, layers, vocabulary)
     own = draft.own_weights()
     wrong = {name for name in own.keys() | tensors.keys()
              if name not in own or name not in tensors or own[name].shape != tensors[name].shape}  # fmt: skip

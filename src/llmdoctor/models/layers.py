@@ -54,9 +54,20 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int], dtype: torch.dtype 
     Raises:
         UserError: the layers are not in `get_decoder().layers`, or are of kinds that the smaller config does not give.
     """
+    small = cast_weights(type(model)(small_config(model.config, kept)).to(model.device), dtype)
+    copy_kept(model, small, kept)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def copy_kept(model: Any, small: Any, kept: Sequence[int]) -> None:
+    """Give `small`, of the class of `model`, the weights of the layers `kept` and of all that is not a layer.
+
+    Raises:
+        UserError: as `keep_layers`.
+    """
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    small = cast_weights(type(model)(small_config(model.config, kept)).to(model.device), dtype)
     places = {old: new for new, old in enumerate(kept)}
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -72,8 +83,6 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int], dtype: torch.dtype 
             f"{type(model).__name__} cannot be shrunk to the layers {', '.join(map(str, kept))}: its layers are of "
             "several kinds, and a smaller model would have other ones in their places"
         ) from error
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> Any:

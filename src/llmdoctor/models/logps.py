@@ -66,6 +66,11 @@ class LogitsHead:
         self.linear = linear
         self.finish = finish
 
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self.linear.weight
+
     @classmethod
     def for_model(cls, model: Any) -> LogitsHead:
         """The head of a causal LM; raises ValueError when its logits are no known function of its hidden states."""

@@ -1,6 +1,6 @@
 """The patient's own answers with its states on them, in files that a killed run keeps.
 
-Shapes: M response positions of a file, D hidden size.
+Shapes: T tokens of a prompt and its answer, M = Σ (T − 1) positions of a file, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.files import atomic_path
 from llmdoctor.models.loading import LoadedModel
-from llmdoctor.models.logps import position_ids
+from llmdoctor.models.logps import LogitsHead, position_ids
+from llmdoctor.shrink.losses import log_normalisers
+
+FORMAT = "2"
+"""Of the files; one of another format is drawn again."""
 
 BLOCK = 64
 """Answers in a file. Not an option: it decides nothing but how much a kill costs."""
@@ -34,7 +38,7 @@ shape that it has met, and hundreds of widths took gigabytes."""
 class Answer:
     """Token ids of a prompt and of the patient's answer to it, and where its states lie.
 
-    States are those before each answer token: the file's rows from `start` on, as many as the answer has tokens.
+    States are those that every token but the first was drawn from: the file's T − 1 rows from `start` on.
     """
 
     prompt_ids: list[int]
@@ -48,9 +52,16 @@ class Answer:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def states(self) -> Tensor:
-        """[L, D] the patient's last hidden states, read from the file now."""
+        """[T − 1, D] the patient's last hidden states on all tokens but the last, read from the file now."""
+        return self._rows("states")
+
+    def log_normalisers(self) -> Tensor:
+        """[T − 1] float32: log Σ_v exp of the patient's logits from these states; 0 where a prompt token comes next."""
+        return self._rows("log_normalisers")
+
+    def _rows(self, name: str) -> Tensor:
         with safe_open(self.file, framework="pt") as stored:
-            return stored.get_slice("states")[self.start : self.start + len(self.completion_ids)]
+            return stored.get_slice(name)[self.start : self.start + self.length - 1]
 
 
 class Sampler:
@@ -69,6 +80,7 @@ class Sampler:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.decoder = GuidedDecoder(patient, max_batch_size=BLOCK)
+        self.head = LogitsHead.for_model(patient.model)
 
     def draw(
         self, name: str, prompts: Sequence[Prompt], tokens: int, progress: Callable[[int], None] | None = None
@@ -85,7 +97,7 @@ class Sampler:
         total = 0
         for number, (draw, block) in enumerate(_blocks(prompts)):
             path = self.folder / f"{name}-{number:05d}.safetensors"
-            if not path.is_file():
+            if _format(path) != FORMAT:
                 self._write(path, f"{name}/{draw}", block)
             found = _read(path)
             answers += found
@@ -110,20 +122,22 @@ class Sampler:
             for prompt, completion in zip(block, completions, strict=True)
             if completion
         ]
+        states, normalisers = self._states(pairs)
+        tensors = {
+            "ids": torch.tensor([token for pair in pairs for part in pair for token in part], dtype=torch.int32),
+            "lengths": torch.tensor([[len(part) for part in pair] for pair in pairs]).reshape(-1, 2),
+            "states": states,
+            "log_normalisers": normalisers,
+        }
         with atomic_path(path) as temporary:
-            tensors = {
-                "ids": torch.tensor([token for pair in pairs for part in pair for token in part], dtype=torch.int32),
-                "lengths": torch.tensor([[len(part) for part in pair] for pair in pairs]).reshape(-1, 2),
-                "states": self._states(pairs),
-            }
-            save_file(tensors, str(temporary))
+            save_file(tensors, str(temporary), metadata={"format": FORMAT})
 
     @torch.inference_mode()
-    def _states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """[M, D] the states before every answer token, answer after answer, in the patient's own dtype."""
+    def _states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """[M, D] the states before every token, answer after answer, in the patient's own dtype, and [M] `Answer`'s."""
         model = self.patient.model
         device = model.get_input_embeddings().weight.device
-        found: dict[int, Tensor] = {}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
         for first in range(0, len(order), 16):
             places = order[first : first + 16]
@@ -133,10 +147,14 @@ class Sampler:
             ).last_hidden_state
             for row, place in enumerate(places):
                 prompt, completion = map(len, pairs[place])
-                found[place] = hidden[row, prompt - 1 : prompt + completion - 1].cpu().clone()
+                states = hidden[row, : prompt + completion - 1]
+                normalisers = torch.zeros(len(states))
+                normalisers[prompt - 1 :] = log_normalisers(states[prompt - 1 :], self.head).cpu()
+                found[place] = states.cpu().clone(), normalisers
         if not pairs:
-            return torch.zeros(0, model.config.hidden_size, dtype=model.dtype)
-        return torch.cat([found[place] for place in range(len(pairs))])
+            return torch.zeros(0, model.config.hidden_size, dtype=model.dtype), torch.zeros(0)
+        in_order = [found[place] for place in range(len(pairs))]
+        return torch.cat([states for states, _ in in_order]), torch.cat([normalisers for _, normalisers in in_order])
 
 
 def right_padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -159,6 +177,14 @@ def _blocks(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]
         draw += 1
 
 
+def _format(path: Path) -> str | None:
+    """What a file says that it is; None if it says nothing or is not there."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as stored:
+        return (stored.metadata() or {}).get("format")
+
+
 def _read(path: Path) -> list[Answer]:
     with safe_open(path, framework="pt") as stored:
         ids, lengths = stored.get_tensor("ids").tolist(), stored.get_tensor("lengths").tolist()
@@ -166,5 +192,5 @@ def _read(path: Path) -> list[Answer]:
     for prompt, completion in lengths:
         end = place + prompt + completion
         answers.append(Answer(ids[place : place + prompt], ids[place + prompt : end], path, start))
-        place, start = end, start + completion
+        place, start = end, start + prompt + completion - 1
     return answers
