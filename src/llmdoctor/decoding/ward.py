@@ -25,6 +25,10 @@ from llmdoctor.models.draft import DraftModel
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped when at most this share is alive: dropping copies every cache."""
 
+_FEW_STATES = 32
+"""So many states under the head at once cost little more than one, because most of it is reading the head. Of more,
+only those are brought to logits that are drawn from."""
+
 
 class Ward:
     """Rows, their caches on all lanes, and what the next tokens are drawn from.
@@ -62,6 +66,7 @@ class Ward:
         # Of each lane, the states [M, B, N, D] that tokens are drawn from, or for one that translates the logits
         # themselves, [1, B, 1, V].
         self._states: list[Tensor] = []
+        self._read: dict[int, Tensor] = {}
         self.tree = Tree()
         self.guesses = self._tokens[:, None]
 
@@ -80,6 +85,7 @@ class Ward:
         if not self.rows:
             return
         self.tree, self.guesses = tree, self._tokens[:, None]
+        self._read = {}
         if not tree.guesses:
             read = [_advance(lane, self._tokens) for lane in self._lanes]
             if self._draft is not None:
@@ -142,9 +148,16 @@ class Ward:
     def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
         """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""
         found = []
-        for lane, states in zip(self._lanes, self._states, strict=True):
-            chosen = states[:, list(places), list(nodes)]
-            found.append(lane.outputs(chosen) if isinstance(lane, Lane) else chosen)
+        for number, (lane, states) in enumerate(zip(self._lanes, self._states, strict=True)):
+            where = slice(None), list(places), list(nodes)
+            if not isinstance(lane, Lane):
+                found.append(states[where])
+            elif self.tree.guesses and states.shape[:3].numel() <= _FEW_STATES:
+                if number not in self._read:
+                    self._read[number] = lane.outputs(states)
+                found.append(self._read[number][where])
+            else:
+                found.append(lane.outputs(states[where]))
         return found
 
     def admit(self, rows: Sequence[Row], most: int = 0) -> None:

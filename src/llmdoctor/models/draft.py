@@ -113,7 +113,9 @@ class CutHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., W] float32."""
-        raw = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        # Flat: a slice of one row counts as contiguous whatever its stride, and torch then copies the whole weight.
+        flat = hidden.to(self.weight.dtype).reshape(-1, hidden.shape[-1])
+        raw = F.linear(flat, self.weight, self.bias).float().view(*hidden.shape[:-1], -1)
         return raw if self._finish is None else self._finish(raw)
 
 

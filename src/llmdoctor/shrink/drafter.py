@@ -60,6 +60,8 @@ class DraftOptions(DistilOptions):
     layers: int = 1
     vocabulary: int = 16384
     unroll: int = 1
+    epochs: float = 6.0
+    learning_rate: float = 3e-3
     batch_tokens: int = 512
 
     def __post_init__(self) -> None:
