@@ -104,9 +104,10 @@ class Ward:
                 states.append(self._by_voice(lane.grow(tokens, parents)))
             inner = [node for node in level if tree.children[node]]
             if inner:
+                places = [node - level[0] for node in inner]
                 says = [
-                    self._of_lane(lane, states[-1][:, :, [node - level[0] for node in inner]])
-                    for lane, states in zip(self._specs[1:], ahead, strict=True)
+                    self._draft.draft.cut(spec.head).logits(states[-1][:, :, places])
+                    for spec, states in zip(self._specs[1:], ahead, strict=True)
                 ]
                 self._guess(tree, inner, says)
         self._draft.end()
@@ -130,7 +131,7 @@ class Ward:
             expected = self._draft.go_on(self.guesses[:, list(inner)], parents)
         count = len(inner)
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner])
-        logits = [tensor.flatten(1, 2) for tensor in (expected, *says)]
+        logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
         vocabulary = self._draft.draft.vocabulary
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
@@ -140,10 +141,6 @@ class Ward:
         found = candidates(scores, keys, controls.greedy, most, vocabulary).unflatten(0, (-1, count))
         columns = [found[:, place, : len(tree.children[node])] for place, node in enumerate(inner)]
         self.guesses = torch.cat([self.guesses, *columns], dim=1)
-
-    def _of_lane(self, spec: LaneSpec, states: Tensor) -> Tensor:
-        assert self._draft is not None
-        return spec.head.logits(states)[..., self._draft.draft.vocabulary]
 
     def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
         """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""

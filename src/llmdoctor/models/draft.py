@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, W tokens that may be gues
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class DraftModel(nn.Module):
         self.state_norm = nn.Parameter(torch.ones(width, **like))
         self.fuse = nn.Linear(2 * width, width, bias=False, **like)
         self.vocabulary = vocabulary.to(model.device)
+        self._cuts: weakref.WeakKeyDictionary[nn.Linear, CutHead] = weakref.WeakKeyDictionary()
         self.head = CutHead(LogitsHead.for_model(model), self.vocabulary)
 
     @classmethod
@@ -83,6 +85,12 @@ class DraftModel(nn.Module):
         fused: Tensor = self.fuse(torch.cat(both, dim=-1))
         return fused
 
+    def cut(self, head: LogitsHead) -> CutHead:
+        """Another model's head, of the same vocabulary, for the tokens that may be guessed; made once for each."""
+        if head.linear not in self._cuts:
+            self._cuts[head.linear] = CutHead(head, self.vocabulary)
+        return self._cuts[head.linear]
+
     def own_weights(self) -> dict[str, Tensor]:
         """All that is not the large model's."""
         shared = {id(parameter) for parameter in self.get_input_embeddings().parameters()}
@@ -108,8 +116,9 @@ class CutHead:
 
     def __init__(self, head: LogitsHead, vocabulary: Tensor) -> None:
         self._finish = head.finish
-        self.weight = head.linear.weight.detach()[vocabulary]
-        self.bias = None if head.linear.bias is None else head.linear.bias.detach()[vocabulary]
+        index = vocabulary.to(head.linear.weight.device)
+        self.weight = head.linear.weight.detach()[index]
+        self.bias = None if head.linear.bias is None else head.linear.bias.detach()[index]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., W] float32."""
