@@ -59,7 +59,7 @@ class GuidedDecoder:
         *,
         max_batch_size: int = 32,
         draft: DraftModel | None = None,
-        max_guesses: int = 6,
+        max_guesses: int = 16,
     ) -> None:
         if max_batch_size < 1:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")

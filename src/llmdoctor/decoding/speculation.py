@@ -119,5 +119,5 @@ class DraftLane:
         return logits.unflatten(0, (-1, self._voices)).transpose(0, 1)
 
     def _by_row(self, states: Tensor) -> Tensor:
-        """[M·B, K, D] -> [B, M, K, D]."""
-        return states.unflatten(0, (self._voices, -1)).transpose(0, 1)
+        """[M·B, K, D] -> [B, M, K, D], on the draft's device: a model spread over several ends on another one."""
+        return states.unflatten(0, (self._voices, -1)).transpose(0, 1).to(self._lane.device)

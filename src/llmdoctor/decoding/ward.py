@@ -66,7 +66,10 @@ class Ward:
         # Of each lane, the states [M, B, N, D] that tokens are drawn from, or for one that translates the logits
         # themselves, [1, B, 1, V].
         self._states: list[Tensor] = []
+        # Of lanes that were read in full, the logits [M, B, N, V].
         self._read: dict[int, Tensor] = {}
+        # Of the guesses that the draft has read, their numbers in its own tree.
+        self._known: dict[int, int] = {}
         self.tree = Tree()
         self.guesses = self._tokens[:, None]
 
