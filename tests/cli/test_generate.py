@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.cli.harness import CPU, Cli, write_jsonl
@@ -18,6 +19,8 @@ from llmdoctor.cli.doctors import DoctorArgument
 from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.results import ResultFile
 from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.models.draft import DraftModel, save_draft
+from llmdoctor.models.loading import load_model
 
 ROWS = [{"id": f"p{number}", "prompt": "Hello" + "!" * number} for number in range(5)]
 
@@ -44,6 +47,22 @@ def test_a_row_can_be_made_again_alone(good: Cli, command: tuple[object, ...], t
     alone = read(tmp_path / "one.jsonl")[0]
     assert alone["kl_estimate"] == pytest.approx(rows[3]["kl_estimate"], abs=1e-4)
     assert {**alone, "kl_estimate": 0} == {**rows[3], "kl_estimate": 0}
+
+
+def test_answers_are_the_same_with_a_draft(
+    good: Cli, command: tuple[object, ...], tiny_folder: Path, tmp_path: Path
+) -> None:
+    patient = load_model(str(tiny_folder), dtype="float32", device="cpu")
+    save_draft(DraftModel.from_layers(patient.model, [1], torch.arange(250)), patient, {}, tmp_path / "draft")
+    good(*command, "-o", tmp_path / "plain.jsonl")
+    done = good(*command, "--draft", tmp_path / "draft", "-o", tmp_path / "guessed.jsonl")
+    assert f"loading the draft model {tmp_path / 'draft'}" in done.err
+    for one, other in zip(read(tmp_path / "plain.jsonl"), read(tmp_path / "guessed.jsonl"), strict=True):
+        assert one.pop("kl_estimate") == pytest.approx(other.pop("kl_estimate"), abs=1e-3)
+        assert one == other
+    words = ("--patient", tiny_folder, "--draft", tmp_path / "draft", "--max-new-tokens", 9)
+    streamed = good("generate", "Hi", *words, *CPU)
+    assert " a pass, ended by " in streamed.err
 
 
 def test_interrupted_and_continued_is_the_same_file(
