@@ -84,20 +84,26 @@ class GuidedDecoder:
         return sum((lane.tally for lane in self.lanes), Tally())
 
     def generate(
-        self, requests: Iterable[Request], *, on_done: Callable[[int, Completion], None] | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
     ) -> list[Completion]:
         """Complete all requests, similar prompt lengths together; results come in the order of the requests.
 
         Args:
             requests: each with its own prompt, mixture and sampling.
             on_done: called with a request's index and its completion as soon as it is finished.
+            cancelled: asked before every round of passes with the index of each request that is under way or waiting;
+                where it says True, that request ends with the tokens it has, and its place is free for another.
 
         Raises:
             UserError: an unknown doctor, or a prompt that leaves no room in a model's context.
         """
         rows = [self._open(index, request) for index, request in enumerate(requests)]
         # In the order of their lengths, so that rows decoded together have little padding.
-        for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index))):
+        for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index)), cancelled):
             if on_done:
                 for row in finished:
                     on_done(row.index, row.completion)
@@ -125,23 +131,35 @@ class GuidedDecoder:
         return open_row(index, request, prompts, self.encoder, self.context)
 
     @torch.inference_mode()
-    def _decode(self, batch: list[Row]) -> Iterator[list[Row]]:
-        """Decode rows to their ends; yields after every token the rows that have just finished.
+    def _decode(self, batch: list[Row], cancelled: Callable[[int], bool] | None = None) -> Iterator[list[Row]]:
+        """Decode rows to their ends; yields before and after every token the rows that have just finished.
 
         Rows that are done make place for the next ones of `batch`. Where memory does not suffice, fewer go on together.
         """
-        for row in batch:
-            if row.request.sampling.max_new_tokens == 0:
-                row.finish("length")
-        finished = [row for row in batch if row.done]
-        if finished:
-            yield finished
+        finished = [row for row in batch if row.request.sampling.max_new_tokens == 0]
+        for row in finished:
+            row.finish("length")
         waiting = deque(row for row in batch if not row.done)
         guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
         lanes = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
         ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, self.draft)
         size = self.max_batch_size
-        while waiting or ward.rows:
+        while True:
+            if cancelled is not None:
+                given_up = [row for row in (*ward.rows, *waiting) if not row.done and cancelled(row.index)]
+                for row in given_up:
+                    row.finish("cancelled")
+                finished += given_up
+                waiting = deque(row for row in waiting if not row.done)
+            for row in finished:
+                row.reported = True
+                done = row.completion
+                done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
+                done.guide_forwards = ward.guide_forwards * done.patient_forwards
+            yield finished
+            ward.discharge()
+            if not waiting and not ward.rows:
+                return
             new: list[Row] = []
             try:
                 # Taking rows in copies every cache, so it waits until there is place for several.
@@ -156,23 +174,17 @@ class GuidedDecoder:
                 if not _is_out_of_memory(error):
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
-                if len(back) == 1:
+                if len(back) == 1 and not back[0].done:
                     raise UserError(
                         f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
                         "a shorter prompt, fewer doctors or bfloat16"
                     ) from error
                 size = max(1, len(back) // 2)
                 waiting.extendleft(reversed([row for row in back if not row.done]))
+                finished = [row for row in back if row.done and not row.reported]
                 ward.clear()
             else:
                 finished = [row for row in ward.rows if row.done and not row.reported]
-                for row in finished:
-                    row.reported = True
-                    done = row.completion
-                    done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
-                    done.guide_forwards = ward.guide_forwards * done.patient_forwards
-                yield finished
-                ward.discharge()
                 continue
             # Out here the error, and with it the frames that hold the tensors, is gone.
             if torch.cuda.is_available():

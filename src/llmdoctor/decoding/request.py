@@ -86,7 +86,8 @@ class Completion:
         text: without the end-of-turn token and without the stop string.
         token_ids: all tokens drawn, the end-of-turn token included.
         finish_reason: "stop" (end of turn or a stop string), "length" (max_new_tokens), "context" (the model's
-            context is full) or "error" (no distribution to draw from: a model returned NaN).
+            context is full), "cancelled" (the caller gave it up; what was said until then is kept) or "error" (no
+            distribution to draw from: a model returned NaN).
         logps: log π_dec of each token, before warpers, in nats.
         patient_logps: log π_patient of each token, before warpers, in nats.
         drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.
