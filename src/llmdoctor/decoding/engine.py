@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
-from llmdoctor.decoding.guides import Guide, LaneSpec, Tally, lanes_of
+from llmdoctor.decoding.guides import Guide, LaneSpec, lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request
-from llmdoctor.decoding.row import Row, open_row
+from llmdoctor.decoding.row import Row, Tally, open_row
 from llmdoctor.decoding.sampling import sample
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
@@ -50,6 +50,9 @@ class GuidedDecoder:
         draft: from `load_draft` for this patient; guesses what comes next, so that a pass of the patient gives several
             tokens where guesses hold. It changes no token, but for the rounding of passes of other shapes.
         max_guesses: guesses a pass at most; how many pay is measured while decoding, and may be none.
+
+    Attributes:
+        tally: of the translation of doctors of other vocabularies, summed over all requests finished so far.
     """
 
     def __init__(
@@ -76,12 +79,8 @@ class GuidedDecoder:
         self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
+        self.tally = Tally()
         self.context = min(context_of(lane.model) for lane in self.lanes)
-
-    @property
-    def tally(self) -> Tally:
-        """What translating doctors of other vocabularies has left out so far, all of them together."""
-        return sum((lane.tally for lane in self.lanes), Tally())
 
     def generate(
         self,
@@ -156,6 +155,8 @@ class GuidedDecoder:
                 done = row.completion
                 done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
                 done.guide_forwards = ward.guide_forwards * done.patient_forwards
+                done.unmapped_mass = row.tally.unmapped_mass
+                self.tally += row.tally
             yield finished
             ward.discharge()
             if not waiting and not ward.rows:
@@ -257,6 +258,7 @@ class GuidedDecoder:
                 row.finish("error")
             else:
                 row.append(token, logps[place], patient_logps[place], drawn_logps[place])
+                ward.count(places[place], token)
         if controls.penalises:
             ward.controls.seen[torch.tensor(places, device=device), tokens] = True
         return found

@@ -95,6 +95,8 @@ class Completion:
         guide_forwards: the same for all other models together, a draft model aside.
         guessed: tokens that a draft model guessed.
         guesses_held: of these, those that were the ones drawn.
+        unmapped_mass: over the doctors of other vocabularies that have a β here, and their references, the mean
+            probability a position of tokens that stand for none of the patient's; None where nothing was translated.
         kl_bound: nats a sequence; set by methods whose KL to the patient is known only as a bound or as an estimate of
             their own.
     """
@@ -110,6 +112,7 @@ class Completion:
     guide_forwards: int = 0
     guessed: int = 0
     guesses_held: int = 0
+    unmapped_mass: float | None = None
     kl_bound: float | None = None
 
     @property
