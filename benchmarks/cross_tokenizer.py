@@ -30,6 +30,7 @@ from llmdoctor.data.prompts import load_prompts
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.decoding.row import Tally
 from llmdoctor.demo import peak_rss_gb
 from llmdoctor.evaluation.metrics import WinTieLoss, bootstrap_ci, distinct_n, perplexity
 from llmdoctor.evaluation.scorers import get_scorer
@@ -68,8 +69,7 @@ def answers(
         )
         for number, prompt in enumerate(load_prompts("builtin:prompts/test", prompts))
     ]
-    for lane in decoder.lanes:
-        lane.tally.positions, lane.tally.unmapped, lane.tally.first_pieces = 0, 0.0, 0
+    decoder.tally = Tally()
     # Of all cores together: steadier than the clock on a machine that does other work beside.
     start = time.process_time()
     done = decoder.generate(requests)
@@ -86,8 +86,8 @@ def answers(
         "tokens": sum(len(row.token_ids) for row in done),
         "tokens_per_cpu_second": sum(len(row.token_ids) for row in done) / busy,
         "cpu_seconds": busy,
-        "unmapped_mass": decoder.tally.unmapped_mass if decoder.tally.positions else None,
-        "first_piece_share": decoder.tally.first_piece_share if decoder.tally.positions else None,
+        "unmapped_mass": decoder.tally.unmapped_mass,
+        "first_piece_share": decoder.tally.first_piece_share,
         "scores": scores,
         "texts": texts,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def test_a_row_can_be_made_again_alone(good: Cli, command: tuple[object, ...], t
     rows = read(tmp_path / "all.jsonl")
     assert [row["id"] for row in rows] == ["p0", "p1", "p2", "p3", "p4"]
     assert len({row["seed"] for row in rows}) == 5
+    assert not any("unmapped_mass" in row for row in rows), "nothing is translated"
     assert any(row["kl_estimate"] != 0 for row in rows), "the doctor changes nothing"
     write_jsonl(tmp_path / "prompts.jsonl", ROWS[3:4])
     good(*command, "-o", tmp_path / "one.jsonl")
@@ -200,7 +202,9 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path: Path, monkeypatch: p
     assert DoctorArgument.parse("kind:doctor=2") == DoctorArgument("kind:doctor", 2.0)
 
 
-def test_a_doctor_of_another_vocabulary(good: Cli, finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_doctor_of_another_vocabulary(
+    good: Cli, finished: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained on the patient's rewards, it guides the patient; what translating it leaves out is said."""
     other, doctor = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS), seed=3), tmp_path / "doctor"
     trained = good("train", "--rewards", finished / "rewards", "--base", other, "-o", doctor, "--eval-fraction",
@@ -210,12 +214,22 @@ def test_a_doctor_of_another_vocabulary(good: Cli, finished: Path, tiny_folder: 
     asked = ("--patient", tiny_folder, "--doctor", f"{doctor}=3", "--max-new-tokens", 6, *CPU)
     made = good("generate", "--prompts", prompts, "-o", tmp_path / "answers.jsonl", *asked)
     assert re.search(r"a doctor's vocabulary \(\d+ tokens\) is not the patient's \(300\): its tokens lead to", made.err)
-    assert re.search(r"translated: [\d.e-]+ % of the doctors' probability was on tokens that stand for none", made.err)
-    assert any(row["kl_estimate"] != 0 for row in read(tmp_path / "answers.jsonl")), "the doctor changes nothing"
+    said = re.search(
+        r"translated: ([\d.e-]+) % of the doctors' probability was on tokens that stand for none", made.err
+    )
+    rows = read(tmp_path / "answers.jsonl")
+    assert said is not None
+    mean = sum(row["tokens"] * row["unmapped_mass"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert said[1] == f"{100 * mean:.2g}"
+    assert len({row["unmapped_mass"] for row in rows}) > 1
+    assert any(row["kl_estimate"] != 0 for row in rows), "the doctor changes nothing"
     assert "translated: " in good("generate", "Hello", *asked).err
     alone = good("generate", "Hello", "--patient", tiny_folder, "--doctor", f"{finished / 'doctor'}=1", *CPU)
     assert "translated" not in alone.err
     assert "is not the patient's" not in alone.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/compare\nHello\n/beta 0\nHello\n"))
+    chat = good("chat", *asked).err
+    assert len(re.findall("translated: .* % of the doctors' probability .* none of the patient's$", chat, re.M)) == 2
 
 
 @pytest.mark.parametrize(("said", "shown"), [(["half a"], "half a\n"), ([], "")])

@@ -129,6 +129,45 @@ def test_left_to_itself_it_changes_no_token_either(
         same(one, other)
 
 
+@pytest.mark.parametrize("tree", [None, *TREES], ids=["none", "one", "chain", "siblings", "tree"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_given_up_change_no_token_of_the_others(
+    patient: LoadedModel,
+    draft: DraftModel,
+    guides: list[Guide],
+    monkeypatch: pytest.MonkeyPatch,
+    tree: Tree | None,
+    size: int,
+) -> None:
+    """Against each alone, plainly: some requests are given up after so many rounds, waiting ones among them."""
+    asked = requests(beside=1.0, product=1.0)
+    alone = GuidedDecoder(patient, guides[:2])
+    expected = [alone.generate([request])[0] for request in asked]
+    if tree is not None:
+        always(monkeypatch, tree)
+    # Fewer places, more rounds.
+    limits = {index: limit * 4 // size for index, limit in {2: 9, 8: 5, 11: 15, 12: 0}.items()}
+    rounds = dict.fromkeys(range(len(asked)), 0)
+
+    def cancelled(index: int) -> bool:
+        rounds[index] += 1
+        return rounds[index] > limits.get(index, 1000)
+
+    decoder = GuidedDecoder(patient, guides[:2], max_batch_size=size, draft=None if tree is None else draft)
+    found = decoder.generate(asked, cancelled=cancelled)
+    given_up = {index for index, done in enumerate(found) if done.finish_reason == "cancelled"}
+    assert len(given_up) >= 3
+    assert given_up <= set(limits)
+    assert any(found[index].token_ids for index in given_up)
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if index in given_up:
+            count = len(other.token_ids)
+            assert other.token_ids == one.token_ids[:count] != one.token_ids
+            assert other.patient_forwards == count + other.guessed - other.guesses_held
+        else:
+            same(one, other)
+
+
 def oracle(monkeypatch: pytest.MonkeyPatch, truth: dict[int, list[int]], wrong: int | None = None) -> list[int]:
     """Let the guesses be what plain decoding drew, but for the `wrong`-th of every answer; counts the passes."""
     passes: list[int] = []

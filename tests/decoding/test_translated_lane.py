@@ -20,6 +20,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, LaneSpec, lanes_of
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.decoding.row import Tally
 from llmdoctor.decoding.translated_lane import TranslatedLane, open_lane
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
@@ -151,13 +152,13 @@ def test_against_an_enumeration(request: pytest.FixtureRequest, patient: LoadedM
     lane = open_lane(spec, prompts, [[]] * len(prompts), 4)
     assert isinstance(lane, TranslatedLane)
     assert lane.width == 300 + EXTRA_ROWS
-    got, alive, positions, unmapped = lane.prefill(), list(range(len(TEXTS))), 0, 0.0
-    taken_back = 0
+    got, alive, taken_back = lane.prefill(), list(range(len(TEXTS))), 0
+    tallies, unmapped = [Tally() for _ in TEXTS], [0.0] * len(TEXTS)
     for step in range(max(map(len, answers))):
         for place, row in enumerate(alive):
             if step < len(answers[row]):
-                unmapped += check(spec, patient, prompts[row], answers[row][:step], got[place])
-                positions += 1
+                unmapped[row] += check(spec, patient, prompts[row], answers[row][:step], got[place])
+                lane.count(place, answers[row][step], tallies[row])
         taken_back += sum(bool(lane._endings(text)) for text in lane._texts)
         keep = [place for place, row in enumerate(alive) if step + 1 < len(answers[row])]
         if step % 3 == 2:
@@ -167,9 +168,9 @@ def test_against_an_enumeration(request: pytest.FixtureRequest, patient: LoadedM
             tokens = [answers[row][step] if step < len(answers[row]) else encoder.end_of_turn for row in alive]
             got = lane.step(torch.tensor(tokens))
     assert taken_back > 5, "the texts have no ending that could go on"
-    assert spec.tally.positions == positions
-    assert spec.tally.unmapped_mass == pytest.approx(unmapped / positions, rel=1e-3)
-    assert spec.tally.unmapped_mass > 1e-4
+    assert [tally.positions for tally in tallies] == list(map(len, answers))
+    assert [tally.unmapped for tally in tallies] == pytest.approx(unmapped, rel=1e-3)
+    assert min(unmapped) > 1e-4
 
 
 def test_tokens_are_taken_back(patient: LoadedModel, other: LoadedModel) -> None:
@@ -238,7 +239,6 @@ def test_control_tokens_say_nothing_to_the_doctor(patient: LoadedModel, other: L
     before = lane.prefill()
     for token in (begin, 300 + EXTRA_ROWS - 1, encoder.end_of_turn):
         assert torch.equal(lane.step(torch.tensor([token])), before)
-    assert spec.tally.positions == 3, "no distribution is asked for after the end"
 
 
 def test_pieces_are_counted(patient: LoadedModel, other: LoadedModel) -> None:
@@ -248,10 +248,11 @@ def test_pieces_are_counted(patient: LoadedModel, other: LoadedModel) -> None:
     direct = spec.translation.inside.leads_to[spec.encoder.text_ids("a")[0]]
     lane = TranslatedLane(spec, prompts_of(spec, 1), 4)
     lane.prefill()
-    for token in (pieces[0], direct, pieces[1]):
+    tally = Tally()
+    for token in (pieces[0], direct, pieces[1], direct):
+        lane.count(0, token, tally)
         lane.step(torch.tensor([token]))
-    assert spec.tally.first_pieces == 2
-    assert spec.tally.first_piece_share == 0.5, "of four positions, the prompt's among them"
+    assert (tally.positions, tally.first_pieces, tally.first_piece_share) == (4, 2, 0.5)
 
 
 def test_a_full_context_is_silence(
@@ -305,12 +306,38 @@ def test_guided_by_another_vocabulary(patient: LoadedModel, trained: LoadedModel
             open_lane(spec, [spec.encoder.prompt_ids(request.messages)], [[]], 12) for spec in (own, guide, reference)
         ]
         scores = [lane.prefill()[0].double() for lane in lanes]
+        tally = Tally()
         for token, logp in zip(row.token_ids, row.logps, strict=True):
             guided = (scores[0] + 2 * (scores[1] - scores[2])).log_softmax(-1)
             assert token == int(guided.argmax())
             assert logp == pytest.approx(float(guided[token]), abs=1e-3)
+            for lane in lanes[1:]:
+                assert isinstance(lane, TranslatedLane)
+                lane.count(0, token, tally)
             scores = [lane.step(torch.tensor([token]))[0].double() for lane in lanes]
-    assert guide.tally.positions > 0
+        assert row.unmapped_mass == pytest.approx(tally.unmapped_mass, rel=1e-3)
+    assert [row.unmapped_mass for row in done[::2]] == [None] * len(TEXTS), "β = 0 listens to no doctor"
+    assert decoder.tally.positions == 2 * sum(len(row.token_ids) for row in done[1::2])
+
+
+def test_only_doctors_that_are_listened_to_count(patient: LoadedModel, other: LoadedModel, led: LoadedModel) -> None:
+    """Three doctors in one batch: one shares the patient's vocabulary, the second one's reference is the third."""
+    decoder = GuidedDecoder(patient, [Guide("same", patient), Guide("one", other, led), Guide("two", led)])
+    mixtures: list[dict[str, float]] = [
+        {}, {"same": 1.0}, {"same": 1.0, "two": 0.5}, {"one": 1.0}, {"one": 1.0, "two": -0.5}, {"one": 0.0, "two": 0.5}
+    ]  # fmt: skip
+    requests = [replace(ask("hello", 0.0, temperature=1.0, seed=3), betas=betas) for betas in mixtures]
+    together = decoder.generate(requests)
+    tally = decoder.tally
+    assert [row.unmapped_mass is None for row in together] == [True, True, False, False, False, False]
+    lanes = [0, 0, 1, 2, 2, 1]
+    assert tally.positions == sum(n * len(row.token_ids) for n, row in zip(lanes, together, strict=True))
+    masses = [n * len(row.token_ids) * (row.unmapped_mass or 0) for n, row in zip(lanes, together, strict=True)]
+    assert tally.unmapped == pytest.approx(sum(masses))
+    for request, row in zip(requests, together, strict=True):
+        alone = decoder.generate([request])[0]
+        assert (alone.unmapped_mass is None) == (row.unmapped_mass is None)
+        assert (alone.unmapped_mass or 0) == pytest.approx(row.unmapped_mass or 0, rel=1e-3)
 
 
 def test_sampled_rows_do_not_depend_on_their_batch(patient: LoadedModel, led: LoadedModel) -> None:
@@ -325,6 +352,7 @@ def test_sampled_rows_do_not_depend_on_their_batch(patient: LoadedModel, led: Lo
     assert all(row.finish_reason in ("length", "stop") for row in together)
 
 
+@pytest.mark.parametrize("size", [2, 6])
 @pytest.mark.parametrize("fails_at", [None, 7])
 def test_rows_come_and_go(
     patient: LoadedModel,
@@ -332,8 +360,11 @@ def test_rows_come_and_go(
     other: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
     fails_at: int | None,
+    size: int,
 ) -> None:
-    """Two places for six rows of many lengths, and memory that runs out: then rows go on from what they have said."""
+    """Two places for six rows of many lengths, and memory that runs out: then rows go on from what they have said.
+
+    With six places, rows that are finished stay for a while. A token counts once, read again or not."""
     guides = [Guide("doctor", trained, other)]
     requests = [
         ask(text * (1 + place % 3), 1.0, max_new_tokens=3 + 5 * (place % 4), seed=place)
@@ -351,7 +382,11 @@ def test_rows_come_and_go(
         return inner(self, tokens, active)
 
     monkeypatch.setattr(Lane, "step_states", step)
-    for one, same in zip(GuidedDecoder(patient, guides, max_batch_size=2).generate(requests), single, strict=True):
+    decoder = GuidedDecoder(patient, guides, max_batch_size=size)
+    done = decoder.generate(requests)
+    for one, same in zip(done, single, strict=True):
         assert one.token_ids == same.token_ids
         assert one.logps == pytest.approx(same.logps, abs=1e-3)
+        assert one.unmapped_mass == pytest.approx(same.unmapped_mass, rel=1e-3)
+    assert decoder.tally.positions == 2 * sum(len(one.token_ids) for one in done)
     assert steps > 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel, load_model
 
@@ -66,6 +68,39 @@ def alone(decoder: GuidedDecoder) -> list[Completion]:
     for done in found:
         done.guide_forwards = len(done.token_ids)
     return found
+
+
+class Patience:
+    """Gives requests up, each when it has been asked of so many times before."""
+
+    def __init__(self, limits: dict[int, int]) -> None:
+        self.limits = limits
+        self.asked: Counter[int] = Counter()
+        self.heard: dict[int, Completion] = {}
+
+    def on_done(self, index: int, done: Completion) -> None:
+        assert index not in self.heard, "reported twice"
+        self.heard[index] = done
+
+    def __call__(self, index: int) -> bool:
+        assert index not in self.heard, "asked of one that is finished"
+        self.asked[index] += 1
+        return self.asked[index] > self.limits.get(index, 1000)
+
+    def generate(self, decoder: GuidedDecoder, asked: list[Request]) -> list[Completion]:
+        found = decoder.generate(asked, on_done=self.on_done, cancelled=self)
+        assert [self.heard[index] for index in range(len(asked))] == found
+        return found
+
+
+def began(whole: Completion, found: Completion, decoder: GuidedDecoder) -> None:
+    """`found` was given up on its way to `whole`."""
+    count = len(found.token_ids)
+    assert found.finish_reason == "cancelled"
+    assert found.token_ids == whole.token_ids[:count] != whole.token_ids
+    assert found.text == decoder.encoder.decode(found.token_ids)
+    assert found.logps == pytest.approx(whole.logps[:count], abs=1e-3)
+    assert len(found.patient_logps) == len(found.drawn_logps) == found.patient_forwards == count
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -212,3 +247,114 @@ def test_an_interrupt_between_tokens_ends_the_work(decoder: GuidedDecoder, monke
         same(done, expected[index])
     for one, other in zip(decoder.generate(requests()), expected, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("fails_at", [None, 4, 10])
+def test_given_up_rows_go_and_the_others_stay(
+    decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, fails_at: int | None
+) -> None:
+    """Some while they wait, some at their first token, some later, some too late; also where memory runs out."""
+    inner = Lane.step_states
+    steps = 0
+
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, tokens, active)
+
+    expected = alone(decoder)
+    monkeypatch.setattr(Lane, "step_states", step)
+    limits = {0: 0, 3: 12, 4: 60, 6: 3, 8: 9, 9: 25, 12: 2, 13: 0}
+    found = Patience(limits).generate(decoder, requests())
+    assert fails_at is None or steps > fails_at
+    given_up = [index for index, done in enumerate(found) if done.finish_reason == "cancelled"]
+    assert len(given_up) >= 5
+    assert set(given_up) < set(limits)
+    assert any(found[index].token_ids for index in given_up)
+    assert any(not found[index].token_ids for index in given_up)
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if index in given_up:
+            began(one, other, decoder)
+        else:
+            same(one, other)
+
+
+def test_a_round_asks_once_of_each(patient: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place. The second waits for the 4 rounds of the first, and is given up at the beginning of its own third one,
+    in which the third takes its place. An answer of n tokens takes n rounds, the first of them without a step."""
+    steps = counting(monkeypatch)
+    decoder = GuidedDecoder(patient, max_batch_size=1)
+    decoder.encoder.stop_ids = frozenset()
+    patience = Patience({1: 4 + 2})
+    found = patience.generate(
+        decoder, [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=n, seed=n)) for n in [4, 40, 5, 0]]
+    )
+    assert [len(done.token_ids) for done in found] == [4, 2, 5, 0]
+    assert [done.finish_reason for done in found] == ["length", "cancelled", "length", "length"]
+    assert patience.asked == {0: 4, 1: 4 + 2 + 1, 2: 4 + 2 + 5}
+    assert len(steps) == 3 + 1 + 4
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 7])
+def test_all_may_be_given_up_at_once(decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    steps = counting(monkeypatch)
+    expected = alone(decoder)
+    steps.clear()
+    found = Patience(dict.fromkeys(range(14), rounds)).generate(decoder, requests())
+    assert len(steps) <= 2 * rounds, "one step a round of the patient and of its doctor"
+    assert sum(bool(done.token_ids) for done in found) >= min(rounds, 3)
+    for one, other in zip(expected, found, strict=True):
+        if other.finish_reason == "cancelled":
+            began(one, other, decoder)
+        else:
+            same(one, other)
+
+
+def test_given_up_in_the_midst_of_a_round(decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a round's passes and its draws, by another thread perhaps: the round's token is still drawn."""
+    given_up: set[int] = set()
+    inner = engine.GuidedDecoder._draw
+    rounds = 0
+
+    def draw(*arguments: Any) -> None:
+        nonlocal rounds
+        rounds += 1
+        given_up.update({3: [2], 6: range(14)}.get(rounds, []))
+        inner(*arguments)
+
+    expected = alone(decoder)
+    monkeypatch.setattr(engine.GuidedDecoder, "_draw", draw)
+    heard: list[int] = []
+    found = decoder.generate(
+        requests(), on_done=lambda index, _: heard.append(index), cancelled=lambda index: index in given_up
+    )
+    assert rounds == 6
+    assert sorted(heard) == list(range(14))
+    assert max(len(done.token_ids) for done in found) == 6
+    for one, other in zip(expected, found, strict=True):
+        if other.finish_reason == "cancelled":
+            began(one, other, decoder)
+        else:
+            same(one, other)
+
+
+def test_rows_that_end_as_memory_does_are_reported(decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second block of a round fails after the first one's row has drawn its last token."""
+    inner = Ward.logits
+    failures = 0
+
+    def logits(self: Ward, places: Any, nodes: Any) -> list[Tensor]:
+        nonlocal failures
+        if not failures and any(row.done and not row.reported for row in self.rows):
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, places, nodes)
+
+    expected = alone(decoder)
+    monkeypatch.setattr(engine, "_BLOCK", 1)
+    monkeypatch.setattr(Ward, "logits", logits)
+    for one, other in zip(expected, Patience({}).generate(decoder, requests()), strict=True):
+        same(one, other)
+    assert failures == 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations
+from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations, say_unmapped
 from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
@@ -143,6 +143,7 @@ class Conversation:
         if answer.finish_reason == "error":
             raise UserError("a model gave no distribution to draw from (not a number); that turn is forgotten")
         self.turns = [*asked, {"role": "assistant", "content": answer.text}]
+        say_unmapped(self.run, answer.unmapped_mass)
 
     def _request(self, turns: list[dict[str, str]], alpha: float, betas: dict[str, float]) -> Request:
         head = [] if self.system is None else [{"role": "system", "content": self.system}]

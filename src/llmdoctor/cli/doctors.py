@@ -104,12 +104,13 @@ def say_translations(run: Run, decoder: GuidedDecoder) -> None:
             )
 
 
-def say_unmapped(run: Run, decoder: GuidedDecoder) -> None:
-    """Say how much of what the doctors said was lost in translation."""
-    tally = decoder.tally
-    if tally.positions:
-        run.progress.say(
-            f"translated: {100 * tally.unmapped_mass:.2g} % of the doctors' probability was on tokens that stand for "
-            f"none of the patient's, and {100 * tally.first_piece_share:.2g} % of the tokens were scored by their "
-            "first piece"
-        )
+def say_unmapped(run: Run, mass: float | None, first_pieces: float | None = None) -> None:
+    """Say how much of what the doctors said was lost in translation; nothing where nothing was translated."""
+    if mass is None:
+        return
+    line = (
+        f"translated: {100 * mass:.2g} % of the doctors' probability was on tokens that stand for none of the patient's"
+    )
+    if first_pieces is not None:
+        line += f", and {100 * first_pieces:.2g} % of the tokens were scored by their first piece"
+    run.progress.say(line)

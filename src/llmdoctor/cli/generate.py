@@ -131,7 +131,7 @@ def generate(
     judge = _judge(readout, model)
     if prompt is not None:
         _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params), judge, best_of)
-        say_unmapped(run, decoder)
+        say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
         return
     mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
     if judge is not None:
@@ -143,7 +143,7 @@ def generate(
     ]
     drawing = decoder if judge is None else _best_of(decoder, judge, best_of)
     _answer_all(run, drawing, requests, ResultFile(output or Path(), recipe, overwrite=overwrite))
-    say_unmapped(run, decoder)
+    say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
 
 
 def show_stream(pieces: Iterator[str]) -> Completion:
@@ -275,7 +275,7 @@ def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results
 
 def _row(request: Request, completion: Completion) -> dict[str, Any]:
     shift = [ours - theirs for ours, theirs in zip(completion.logps, completion.patient_logps, strict=True)]
-    return {
+    row = {
         "id": request.id,
         "prompt": list(request.messages),
         "text": completion.text,
@@ -288,3 +288,4 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         # it where this is the best of several.
         "kl_estimate": sum(shift) if completion.kl_bound is None else completion.kl_bound,
     }
+    return row if completion.unmapped_mass is None else row | {"unmapped_mass": completion.unmapped_mass}

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
-from llmdoctor.decoding.guides import Guide, LaneSpec, Tally, lanes_of
+from llmdoctor.decoding.guides import Guide, LaneSpec, lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request
-from llmdoctor.decoding.row import Row, open_row
+from llmdoctor.decoding.row import Row, Tally, open_row
 from llmdoctor.decoding.sampling import sample
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
@@ -50,6 +50,9 @@ class GuidedDecoder:
         draft: from `load_draft` for this patient; guesses what comes next, so that a pass of the patient gives several
             tokens where guesses hold. It changes no token, but for the rounding of passes of other shapes.
         max_guesses: guesses a pass at most; how many pay is measured while decoding, and may be none.
+
+    Attributes:
+        tally: of the translation of doctors of other vocabularies, summed over all requests finished so far.
     """
 
     def __init__(
@@ -76,28 +79,30 @@ class GuidedDecoder:
         self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
+        self.tally = Tally()
         self.context = min(context_of(lane.model) for lane in self.lanes)
 
-    @property
-    def tally(self) -> Tally:
-        """What translating doctors of other vocabularies has left out so far, all of them together."""
-        return sum((lane.tally for lane in self.lanes), Tally())
-
     def generate(
-        self, requests: Iterable[Request], *, on_done: Callable[[int, Completion], None] | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
     ) -> list[Completion]:
         """Complete all requests, similar prompt lengths together; results come in the order of the requests.
 
         Args:
             requests: each with its own prompt, mixture and sampling.
             on_done: called with a request's index and its completion as soon as it is finished.
+            cancelled: asked before every round of passes with the index of each request that is under way or waiting;
+                where it says True, that request ends with the tokens it has, and its place is free for another.
 
         Raises:
             UserError: an unknown doctor, or a prompt that leaves no room in a model's context.
         """
         rows = [self._open(index, request) for index, request in enumerate(requests)]
         # In the order of their lengths, so that rows decoded together have little padding.
-        for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index))):
+        for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index)), cancelled):
             if on_done:
                 for row in finished:
                     on_done(row.index, row.completion)
@@ -125,23 +130,37 @@ class GuidedDecoder:
         return open_row(index, request, prompts, self.encoder, self.context)
 
     @torch.inference_mode()
-    def _decode(self, batch: list[Row]) -> Iterator[list[Row]]:
-        """Decode rows to their ends; yields after every token the rows that have just finished.
+    def _decode(self, batch: list[Row], cancelled: Callable[[int], bool] | None = None) -> Iterator[list[Row]]:
+        """Decode rows to their ends; yields before and after every token the rows that have just finished.
 
         Rows that are done make place for the next ones of `batch`. Where memory does not suffice, fewer go on together.
         """
-        for row in batch:
-            if row.request.sampling.max_new_tokens == 0:
-                row.finish("length")
-        finished = [row for row in batch if row.done]
-        if finished:
-            yield finished
+        finished = [row for row in batch if row.request.sampling.max_new_tokens == 0]
+        for row in finished:
+            row.finish("length")
         waiting = deque(row for row in batch if not row.done)
         guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
         lanes = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
         ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, self.draft)
         size = self.max_batch_size
-        while waiting or ward.rows:
+        while True:
+            if cancelled is not None:
+                given_up = [row for row in (*ward.rows, *waiting) if not row.done and cancelled(row.index)]
+                for row in given_up:
+                    row.finish("cancelled")
+                finished += given_up
+                waiting = deque(row for row in waiting if not row.done)
+            for row in finished:
+                row.reported = True
+                done = row.completion
+                done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
+                done.guide_forwards = ward.guide_forwards * done.patient_forwards
+                done.unmapped_mass = row.tally.unmapped_mass
+                self.tally += row.tally
+            yield finished
+            ward.discharge()
+            if not waiting and not ward.rows:
+                return
             new: list[Row] = []
             try:
                 # Taking rows in copies every cache, so it waits until there is place for several.
@@ -156,23 +175,17 @@ class GuidedDecoder:
                 if not _is_out_of_memory(error):
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
-                if len(back) == 1:
+                if len(back) == 1 and not back[0].done:
                     raise UserError(
                         f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
                         "a shorter prompt, fewer doctors or bfloat16"
                     ) from error
                 size = max(1, len(back) // 2)
                 waiting.extendleft(reversed([row for row in back if not row.done]))
+                finished = [row for row in back if row.done and not row.reported]
                 ward.clear()
             else:
                 finished = [row for row in ward.rows if row.done and not row.reported]
-                for row in finished:
-                    row.reported = True
-                    done = row.completion
-                    done.patient_forwards = len(done.token_ids) + done.guessed - done.guesses_held
-                    done.guide_forwards = ward.guide_forwards * done.patient_forwards
-                yield finished
-                ward.discharge()
                 continue
             # Out here the error, and with it the frames that hold the tensors, is gone.
             if torch.cuda.is_available():
@@ -245,6 +258,7 @@ class GuidedDecoder:
                 row.finish("error")
             else:
                 row.append(token, logps[place], patient_logps[place], drawn_logps[place])
+                ward.count(places[place], token)
         if controls.penalises:
             ward.controls.seen[torch.tensor(places, device=device), tokens] = True
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,41 +106,12 @@ def load_guide(
 
 
 @dataclass
-class Tally:
-    """What translating a lane's model has left out so far.
-
-    Attributes:
-        positions: distributions that were translated.
-        unmapped: sum over them of the probability of tokens that stand for none of the patient's.
-        first_pieces: tokens drawn that were scored by their first piece alone.
-    """
-
-    positions: int = 0
-    unmapped: float = 0.0
-    first_pieces: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def unmapped_mass(self) -> float:
-        """Mean probability a position; 0 where there was none."""
-        return self.unmapped / self.positions if self.positions else 0.0
-
-    @property
-    def first_piece_share(self) -> float:
-        """Share of the drawn tokens that were scored by their first piece."""
-        return self.first_pieces / self.positions if self.positions else 0.0
-
-
-@dataclass
 class LaneSpec:
     """One model that runs at every position, how it reads a conversation, and the voices it has there.
 
     Attributes:
         voices: adapters that it is run with; None is the bare model.
         translation: into the patient's vocabulary; None where the model shares it.
-        tally: of what the translation leaves out.
     """
 
     model: Any
@@ -149,7 +120,6 @@ class LaneSpec:
     system: str | None = None
     voices: list[Adapter | None] = field(default_factory=lambda: [None])
     translation: Translation | None = None
-    tally: Tally = field(default_factory=Tally)
 
 
 Voice = tuple[int, int]

@@ -86,7 +86,8 @@ class Completion:
         text: without the end-of-turn token and without the stop string.
         token_ids: all tokens drawn, the end-of-turn token included.
         finish_reason: "stop" (end of turn or a stop string), "length" (max_new_tokens), "context" (the model's
-            context is full) or "error" (no distribution to draw from: a model returned NaN).
+            context is full), "cancelled" (the caller gave it up; what was said until then is kept) or "error" (no
+            distribution to draw from: a model returned NaN).
         logps: log π_dec of each token, before warpers, in nats.
         patient_logps: log π_patient of each token, before warpers, in nats.
         drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.
@@ -94,6 +95,8 @@ class Completion:
         guide_forwards: the same for all other models together, a draft model aside.
         guessed: tokens that a draft model guessed.
         guesses_held: of these, those that were the ones drawn.
+        unmapped_mass: over the doctors of other vocabularies that have a β here, and their references, the mean
+            probability a position of tokens that stand for none of the patient's; None where nothing was translated.
         kl_bound: nats a sequence; set by methods whose KL to the patient is known only as a bound or as an estimate of
             their own.
     """
@@ -109,6 +112,7 @@ class Completion:
     guide_forwards: int = 0
     guessed: int = 0
     guesses_held: int = 0
+    unmapped_mass: float | None = None
     kl_bound: float | None = None
 
     @property

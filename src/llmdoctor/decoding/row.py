@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,34 @@ RANKS = 8
 """Candidates after one token that may be guessed."""
 
 
+@dataclass
+class Tally:
+    """What translating doctors of other vocabularies has left out of what tokens were drawn from.
+
+    Attributes:
+        positions: distributions that were translated; where several models are, each counts.
+        unmapped: sum over them of the probability of tokens that stand for none of the patient's.
+        first_pieces: how often the token drawn was scored by its first piece alone.
+    """
+
+    positions: int = 0
+    unmapped: float = 0.0
+    first_pieces: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def unmapped_mass(self) -> float | None:
+        """Mean probability a position; None where there was none."""
+        return self.unmapped / self.positions if self.positions else None
+
+    @property
+    def first_piece_share(self) -> float | None:
+        """Share of the drawn tokens that were scored by their first piece; None where there was none."""
+        return self.first_pieces / self.positions if self.positions else None
+
+
 class Row:
     """A request while it is decoded."""
 
@@ -22,6 +51,7 @@ class Row:
         self.request = request
         self.prompts = prompts
         self.completion = Completion(id=request.id)
+        self.tally = Tally()
         self.done = False
         self.reported = False
         # By the candidate's rank; guesses behind a wrong one say nothing.

@@ -20,13 +20,15 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.lane import Lane, context_of
+from llmdoctor.decoding.row import Tally
 from llmdoctor.models.vocab import Translation
 
 _FURTHEST_BACK = 8
@@ -48,11 +50,15 @@ class _Text:
     states: list[Tensor] = field(default_factory=list)
     ended: bool = False
     overflown: bool = False
+    # Of the last answer, the probability of what stands for none of the patient's tokens.
+    unmapped: float = 0.0
 
     def copy(self) -> _Text:
         """The same text, to go on by itself."""
-        lists = {name: list(getattr(self, name)) for name in ("patient_ids", "ends", "doctor_ids", "columns", "states")}
-        return _Text(self.prompt_length, self.data, **lists, ended=self.ended, overflown=self.overflown)
+        lists: dict[str, Any] = {
+            name: list(getattr(self, name)) for name in ("patient_ids", "ends", "doctor_ids", "columns", "states")
+        }
+        return replace(self, **lists)
 
 
 @dataclass
@@ -112,7 +118,7 @@ class TranslatedLane:
         hidden = self._lane.prefill_states()
         for text, states in zip(self._texts, hidden, strict=True):
             text.states = [states[-1].clone()]
-        logps = self._answer([not tokens for tokens in self._said] or [True] * len(self._texts))
+        logps = self._answer()
         for place in range(max(map(len, self._said), default=0)):
             active = torch.tensor([place < len(row) for row in self._said])
             logps = self.step(
@@ -137,7 +143,15 @@ class TranslatedLane:
         if erased:
             self._lane.erase([place for place, _ in erased], [start for _, start in erased])
         self._feed(fresh)
-        return self._answer([part and not text.ended for part, text in zip(takes_part, self._texts, strict=True)])
+        return self._answer()
+
+    def count(self, place: int, token: int, tally: Tally) -> None:
+        """Book in `tally` what was left out of the last answer for a row, from which the patient's `token` is drawn."""
+        text = self._texts[place]
+        table = self._translation.inside if text.data else self._translation.start
+        tally.positions += 1
+        tally.unmapped += text.unmapped
+        tally.first_pieces += token < self.width and bool(table.pieces[token])
 
     def keep(self, places: list[int]) -> None:
         """Make the rows those at `places`, in that order; a place may be named more than once."""
@@ -162,11 +176,10 @@ class TranslatedLane:
 
     def _append(self, text: _Text, token: int) -> bool:
         """Add the patient's token to a row; whether there is something new to read."""
-        patient, tally = self._translation.patient, self._spec.tally
+        patient = self._translation.patient
         if token in patient.stop_ids:
             text.ended = True
             return False
-        tally.first_pieces += token < self.width and bool(self._translation.inside.pieces[token])
         spelled = (patient.spelled[token] if token < len(patient) else None) or b""
         if not text.patient_ids and patient.lead:
             spelled = spelled.removeprefix(patient.lead)
@@ -208,8 +221,8 @@ class TranslatedLane:
         if self._lane.has_holes:
             self._pack()
 
-    def _answer(self, counted: Sequence[bool]) -> Tensor:
-        """Log-probabilities [B, V] of what comes next, in nats; rows that are `counted` go into the tally."""
+    def _answer(self) -> Tensor:
+        """Log-probabilities [B, V] of what comes next, in nats."""
         endings = [self._endings(text) for text in self._texts]
         # The states before every token that may be taken back, row after row, behind the B last ones.
         back = [max((ending.back for ending in row), default=0) for row in endings]
@@ -226,9 +239,8 @@ class TranslatedLane:
             place += count
             if text.overflown:
                 mapped[row], unmapped[row] = -math.log(self.width), 1.0
-        tally = self._spec.tally
-        tally.positions += sum(counted)
-        tally.unmapped += float(unmapped[torch.tensor(counted, device=unmapped.device)].double().sum())
+        for text, mass in zip(self._texts, unmapped.tolist(), strict=True):
+            text.unmapped = mass
         return mapped
 
     def _map(self, logps: Tensor) -> tuple[Tensor, Tensor]:

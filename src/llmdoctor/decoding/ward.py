@@ -53,6 +53,11 @@ class Ward:
         self._names = names
         self._mixture = mixture
         self._model = draft
+        # Of each guide, the lanes that are translated for it.
+        self._translated = {
+            name: {at[0] for at in voices if at is not None and specs[at[0]].translation is not None}
+            for name, *voices in zip(names, mixture.guides, mixture.references, strict=False)
+        }
         self.guide_forwards = sum(len(spec.voices) for spec in specs) - 1
         self.controls: Controls
         self.clear()
@@ -159,6 +164,15 @@ class Ward:
             else:
                 found.append(lane.outputs(states[where]))
         return found
+
+    def count(self, place: int, token: int) -> None:
+        """Book in the tally of the row at `place` what translation left out of what its next `token` is drawn from."""
+        row = self.rows[place]
+        heard = (lanes for name, lanes in self._translated.items() if row.request.betas.get(name))
+        for number in set().union(*heard):
+            lane = self._lanes[number]
+            assert isinstance(lane, TranslatedLane)
+            lane.count(place, token, row.tally)
 
     def admit(self, rows: Sequence[Row], most: int = 0) -> None:
         """Read the prompts of more rows, and what they have said already, in a pass of their own.
