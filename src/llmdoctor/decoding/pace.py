@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llmdoctor.decoding.row import RANKS, Row
 from llmdoctor.decoding.tree import Tree, best_tree
 
-_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _DEPTHS = 4
 _PRIOR = 16.0
 """A row counts as if it had so many guesses behind it that held as often as all rows' do."""
@@ -25,9 +25,10 @@ _LEVEL, _GUESS = 0.1, 0.02
 
 _FADE = 0.98
 _OUTLIER = 2.0
-_ASIDE_EVERY = 16
-"""Rounds after which a neighbouring size is tried: costs change with the rows' lengths, and a best size that is always
-chosen says nothing of the others."""
+_PLAIN_FIRST = 2
+_ASIDE_EVERY = 12
+"""Rounds after which something else than the best is tried, no guesses or a neighbouring size: costs change with the
+rows' lengths, and what is always chosen does not tell what part of its cost is the guesses'."""
 
 
 class Pace:
@@ -71,16 +72,23 @@ class Pace:
             [(row.guesses_held + _PRIOR * usual) / (row.guesses_tried + _PRIOR) for row in alive], axis=0
         ).tolist()
         costs = self._costs.setdefault(_bucket(len(alive)), _Costs())
+        if costs.plain < _PLAIN_FIRST:
+            return Tree()
         sizes = [size for size in _SIZES if size <= self.most]
         found = []
         for depth in range(1, _DEPTHS + 1):
             for place, size in enumerate(sizes):
                 tree, tokens = best_tree(rates, size, depth)
                 found.append((tokens / costs.seconds(tree), place, depth, tree))
-        _, place, depth, tree = max(found, key=lambda entry: entry[0])
-        if self._rounds % _ASIDE_EVERY == 0:
-            place += 1 if self._rounds % (2 * _ASIDE_EVERY) else -1
-            tree, _ = best_tree(rates, sizes[min(max(place, 0), len(sizes) - 1)], depth)
+        pays, place, depth, tree = max(found, key=lambda entry: entry[0])
+        if pays < 1 / costs.seconds(Tree()):
+            return tree if self._rounds % (2 * _ASIDE_EVERY) == 0 else Tree()
+        aside, rest = divmod(self._rounds, _ASIDE_EVERY)
+        if rest == 0:
+            if aside % 2:
+                return Tree()
+            place += 1 if aside % 4 else -1
+            return best_tree(rates, sizes[min(max(place, 0), len(sizes) - 1)], depth)[0]
         return tree
 
 
@@ -92,10 +100,12 @@ class _Costs:
         self._sums: npt.NDArray[np.float64] = np.zeros(3)
         self._fit: npt.NDArray[np.float64] = np.array([1.0, _LEVEL, _GUESS])
         self._rounds = 0
+        self.plain = 0
 
     def add(self, tree: Tree, seconds: float) -> None:
         """A round with this tree took so long."""
         self._rounds += 1
+        self.plain += tree.guesses == 0
         if self._rounds == 1:
             # The first pass of a shape pays for what is set up once, so it says little.
             return
