@@ -295,7 +295,7 @@ def draw(result: dict[str, Any]) -> str:
     panels, used, sizes = [], list[str](), list[Look]()
     for over, x_title in (("batch", "rows decoded together"), ("length", "new tokens a row")):
         own = [row for row in rows if row["over"] == over]
-        rates, guesses = [], []
+        rates, guesses = list[Series](), list[Series]()
         several = sorted({row["batch"] for row in own}) if over == "length" else [None]
         for batch, dash in zip(several, _DASHES, strict=False):
             here = [row for row in own if batch in (None, row["batch"])]
