@@ -107,6 +107,15 @@ def brief_draft(spec: str, folder: Path) -> None:
                options=DraftOptions(tokens=2000, epochs=2, held_out=4, max_new_tokens=48))  # fmt: skip
 
 
+def asked(guides: list[Guide], rows: int, tokens: int) -> list[Request]:
+    """A request for each of `rows` prompts, in which all guides are heard."""
+    betas = {guide.name: BETA for guide in guides}
+    return [
+        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
+        for seed, messages in enumerate(conversations(rows))
+    ]
+
+
 def engine(
     patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, draft: DraftModel | None = None,
     done: list[Completion] | None = None,
@@ -115,11 +124,7 @@ def engine(
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     # Every way makes the same number of tokens.
     decoder.encoder.stop_ids = frozenset()
-    betas = {guide.name: BETA for guide in guides}
-    requests = [
-        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
-        for seed, messages in enumerate(conversations(rows))
-    ]
+    requests = asked(guides, rows, tokens)
 
     def run() -> None:
         completions = decoder.generate(requests)
@@ -192,15 +197,15 @@ def guesses(completions: list[Completion]) -> dict[str, float]:
 
 def first_guess(draft: DraftModel, patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) -> float:
     """Share of tokens that were guessed right where one guess a token is made, always."""
-    completions: list[Completion] = []
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     decoder.pace.choose = lambda rows: Tree((0,), (0,))  # type: ignore[method-assign]
-    betas = {guide.name: BETA for guide in guides}
-    completions = decoder.generate([
-        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
-        for seed, messages in enumerate(conversations(rows))
-    ])  # fmt: skip
+    completions = decoder.generate(asked(guides, rows, tokens))
     return sum(done.guesses_held for done in completions) / sum(done.guessed for done in completions)
+
+
+def times_as_fast(way: list[float], other: list[float]) -> float:
+    """How many times as fast the one is as the other: median over rounds of the ratio of their seconds."""
+    return statistics.median(b / a for a, b in zip(way, other, strict=True))
 
 
 def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
                 work()
                 seconds[way].append(time.perf_counter() - start)
         for way, times in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(seconds["patient"], times, strict=True))
+            ratio = times_as_fast(times, seconds["patient"])
             rate = size * tokens / statistics.median(times)
             rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
             print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
@@ -249,10 +254,7 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
     def ratios(way: str, other: str) -> dict[str, float]:
         """Medians over rounds of how many times as fast one way is as another, by batch size."""
         found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
-        return {
-            str(size): statistics.median(b / a for a, b in zip(found[size, way], found[size, other], strict=True))
-            for size in sizes
-        }
+        return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
 
     measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
     peaks = {way: peak(way, arguments, doctor) for way in measured}
