@@ -125,7 +125,7 @@ def engine(
         completions = decoder.generate(requests)
         assert sum(len(made.token_ids) for made in completions) == rows * tokens
         if done is not None:
-            done += completions
+            done.extend(completions)
 
     return run
 
