@@ -13,9 +13,10 @@ process of its own (`arithmetic_worker.py`), which does nothing while ours runs,
   weights are divided by their sum, which half the temperature undoes), without the statistics that it keeps by default;
 - arithmetic_eager: the same with `run_eager=True`, which hands a model's cache back to it as it came.
 
-`guided_vs_arithmetic` compares with the faster of the two at that batch size. Before anything is timed both decoders
-are asked what they draw tokens from, theirs along the tokens that it draws, ours along the same ones: `difference` is
-the total variation distance, at its largest and on average, in float32 and in the dtype that is timed.
+`guided_vs_arithmetic` compares with the faster of the two at that batch size; `processor_ratio` is the same in
+processor time, which says more where other work shares the cores (on a CPU, with one thread). Before anything is timed
+both decoders are asked what they draw tokens from, theirs along the tokens that it draws, ours along the same ones:
+`difference` is the total variation distance, at its largest and on average, in float32 and in the dtype that is timed.
 
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights.
 
@@ -44,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -180,10 +182,18 @@ def differences(
     return found
 
 
-def timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], None]) -> dict[str, float]:
+    start, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
+
+
+def ratio_to(rows: list[dict[str, Any]], size: int, way: str, kind: str = "seconds") -> float:
+    """How many times as much time a way takes as ours does: the median over rounds."""
+    found = {(row["batch"], row["way"]): row[kind] for row in rows}
+    return statistics.median(
+        theirs / ours for theirs, ours in zip(found[size, way], found[size, "guided"], strict=True)
+    )
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -210,40 +220,33 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for size in sizes:
             prompts = texts(patient, size)
             ours = engine(patient, [Guide("it", doctor)], size, tokens)
-
             ours()
             for way in THEIRS:
                 other.ask("decode", way=way, prompts=prompts, tokens=tokens, seed=0)
             gc.collect()
-            seconds: dict[str, list[float]] = {way: [] for way in ("guided", *THEIRS)}
+            taken: dict[str, list[dict[str, Any]]] = {way: [] for way in ("guided", *THEIRS)}
             for number in range(rounds):
-                seconds["guided"].append(timed(ours))
+                taken["guided"].append(timed(ours))
                 for way in THEIRS:
-                    taken = other.ask("decode", way=way, prompts=prompts, tokens=tokens, seed=number)
-                    seconds[way].append(taken["seconds"])
-            for way, times in seconds.items():
-                ratio = statistics.median(a / b for a, b in zip(seconds["guided"], times, strict=True))
-                rate = size * tokens / statistics.median(times)
-                rows.append(
-                    {"batch": size, "way": way, "tokens_per_second": rate, "to_guided": ratio, "seconds": times}
-                )
-                print(f"{size:>5} {way:>17} {rate:>9,.1f} {ratio:>9.2f}", flush=True)
+                    taken[way].append(other.ask("decode", way=way, prompts=prompts, tokens=tokens, seed=number))
+            for way, times in taken.items():
+                row = {kind: [one[kind] for one in times] for kind in ("seconds", "processor_seconds")}
+                rate = size * tokens / statistics.median(row["seconds"])
+                rows.append({"batch": size, "way": way, "tokens_per_second": rate, **row})
+                print(f"{size:>5} {way:>17} {rate:>9,.1f} {1 / ratio_to(rows, size, way):>9.2f}", flush=True)
 
-    seconds_of = {(row["batch"], row["way"]): row["seconds"] for row in rows}
-
-    def ratio_to(size: int, way: str) -> float:
-        """Median over rounds of how many times as fast ours is."""
-        pairs = zip(seconds_of[size, way], seconds_of[size, "guided"], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-
-    fastest = {size: min((ratio_to(size, way), way) for way in THEIRS)[1] for size in sizes}
+    fastest = {size: min((ratio_to(rows, size, way), way) for way in THEIRS)[1] for size in sizes}
     head = subprocess.run(
         ["git", "-C", str(arguments.source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
+    about["versions"]["model_arithmetic"] = tomllib.loads(
+        (arguments.source / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]["version"]
     return {
-        "guided_vs_arithmetic": {str(size): ratio_to(size, way) for size, way in fastest.items()},
+        "guided_vs_arithmetic": {str(size): ratio_to(rows, size, way) for size, way in fastest.items()},
         "fastest_arithmetic": {str(size): way for size, way in fastest.items()},
-        "guided_vs_arithmetic_as_genarm": {str(size): ratio_to(size, "arithmetic") for size in sizes},
+        "guided_vs_arithmetic_as_genarm": {str(size): ratio_to(rows, size, "arithmetic") for size in sizes},
+        "processor_ratio": {str(size): ratio_to(rows, size, way, "processor_seconds") for size, way in fastest.items()},
         "difference": difference,
         "dtype": dtype,
         "new_tokens": tokens,
@@ -268,7 +271,7 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    for name in ("guided_vs_arithmetic", "guided_vs_arithmetic_as_genarm"):
+    for name in ("guided_vs_arithmetic", "guided_vs_arithmetic_as_genarm", "processor_ratio"):
         print(name, json.dumps({size: round(value, 2) for size, value in result[name].items()}))
     head = {
         "benchmark": "arithmetic",
