@@ -170,15 +170,15 @@ class Lane:
         """Append, of the tree of the last calls of `grow`, the first `kept` [B] of `branch` [B, L]; drop the rest."""
         self._branches = []
         start, most = self._mask.shape[1], int(kept.max())
-        if not most:
-            # A length of 0 would drop everything.
-            if self._cache.get_seq_length() > start:
-                self._cache.crop(start - self._cache.get_seq_length())
-            return
         branch, kept = branch[:, :most].to(self.device), kept.to(self.device)
-        for number, layer in enumerate(self._cache.layers):
-            layer.pick(start, branch.repeat(len(self._voices), 1) if self._is_forked(number) else branch)
-        column = torch.arange(most, device=self.device) < kept[:, None]
+        places = torch.arange(most, device=self.device)
+        column = places < kept[:, None]
+        if bool(((branch != places) & column).any()):
+            for number, layer in enumerate(self._cache.layers):
+                layer.pick(start, branch.repeat(len(self._voices), 1) if self._is_forked(number) else branch)
+        elif (excess := self._cache.get_seq_length() - start - most) > 0:
+            # What is kept stands where it belongs.
+            self._cache.crop(-excess)
         self._mask = torch.cat([self._mask, column.to(self._mask)], dim=1)
 
     def peek(self, candidates: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ _LEVEL, _GUESS = 0.1, 0.02
 """What a level of guesses and a guess are thought to cost, in passes, until that was measured."""
 
 _FADE = 0.98
+_PLAIN_STEP = 0.1
 _OUTLIER = 2.0
+_LONGEST_WAIT = 1000
 _PLAIN_FIRST = 2
 _ASIDE_EVERY = 12
 """Rounds after which something else than the best is tried, no guesses or a neighbouring size: costs change with the
@@ -82,7 +84,7 @@ class Pace:
                 found.append((tokens / costs.seconds(tree), place, depth, tree))
         pays, place, depth, tree = max(found, key=lambda entry: entry[0])
         if pays < 1 / costs.seconds(Tree()):
-            return tree if self._rounds % (2 * _ASIDE_EVERY) == 0 else Tree()
+            return tree if costs.try_again() else Tree()
         aside, rest = divmod(self._rounds, _ASIDE_EVERY)
         if rest == 0:
             if aside % 2:
@@ -93,39 +95,59 @@ class Pace:
 
 
 class _Costs:
-    """Seconds of a round as a + b · levels + c · guesses, fitted to the rounds so far, the newest weighing most."""
+    """Seconds of a round: without guesses an average, with them a + b · levels + c · guesses, fitted to what was timed.
+
+    The newest rounds weigh most.
+
+    Attributes:
+        plain: rounds without guesses.
+    """
 
     def __init__(self) -> None:
+        self.plain = 0
+        self._plain_seconds = 1.0
         self._products: npt.NDArray[np.float64] = np.zeros((3, 3))
         self._sums: npt.NDArray[np.float64] = np.zeros(3)
-        self._fit: npt.NDArray[np.float64] = np.array([1.0, _LEVEL, _GUESS])
-        self._rounds = 0
-        self.plain = 0
+        self._fit: npt.NDArray[np.float64] | None = None
+        self._wait = self._left = _ASIDE_EVERY
+
+    def try_again(self) -> bool:
+        """Whether to make guesses although they do not seem to pay: less and less often, as long as they do not."""
+        self._left -= 1
+        if self._left:
+            return False
+        self._wait = self._left = min(2 * self._wait, _LONGEST_WAIT)
+        return True
 
     def add(self, tree: Tree, seconds: float) -> None:
         """A round with this tree took so long."""
-        self._rounds += 1
-        self.plain += tree.guesses == 0
-        if self._rounds == 1:
-            # The first pass of a shape pays for what is set up once, so it says little.
+        if not tree.guesses:
+            self.plain += 1
+        # The first pass of a shape pays for what is set up once, so it says little.
+        if not tree.guesses and self.plain <= _PLAIN_FIRST:
+            self._plain_seconds = seconds
+            return
+        # Other programs' work, a prompt that was read in between: no reason to believe in a new price at once.
+        seconds = min(seconds, _OUTLIER * self.seconds(tree))
+        if not tree.guesses:
+            self._plain_seconds += _PLAIN_STEP * (seconds - self._plain_seconds)
             return
         features = _features(tree)
-        if self._rounds > 2:
-            # Other programs' work, a prompt that was read in between: no reason to believe in a new price at once.
-            seconds = min(seconds, _OUTLIER * float(features @ self._fit))
         self._products = _FADE * self._products + np.outer(features, features)
         self._sums = _FADE * self._sums + seconds * features
-        # What was thought before, as weak evidence about b and c relative to a: without it their values would be
-        # anybody's guess for as long as all rounds are alike.
-        base = seconds / float(features @ np.array([1.0, _LEVEL, _GUESS]))
-        weights = np.array([1e-6, 3.0, 300.0])
-        believed = base * np.array([1.0, _LEVEL, _GUESS])
-        fit = np.linalg.solve(self._products + np.diag(weights), self._sums + weights * believed)
-        self._fit = np.maximum(fit, [1e-9, 0.0, 0.0])
+        # What was thought before is evidence, too: where rounds are all alike nothing else tells one part from another.
+        weights = np.array([1.0, 3.0, 300.0])
+        self._fit = np.linalg.solve(self._products + np.diag(weights), self._sums + weights * self._believed())
 
     def seconds(self, tree: Tree) -> float:
         """Expected of a round with this tree."""
-        return float(_features(tree) @ self._fit)
+        if not tree.guesses:
+            return self._plain_seconds
+        fit = self._believed() if self._fit is None else self._fit
+        return max(float(_features(tree) @ fit), 1e-9)
+
+    def _believed(self) -> npt.NDArray[np.float64]:
+        return self._plain_seconds * np.array([1.0, _LEVEL, _GUESS])
 
 
 def _features(tree: Tree) -> npt.NDArray[np.float64]:
