@@ -3,8 +3,8 @@
     python -m benchmarks.decoding [--quick] [--patient builtin:smollm2] [--doctor FOLDER] [--draft FOLDER]
                                   [--output benchmarks/results/decoding.json]
 
-Ways to decode the same prompts with the same sampling (temperature 1, a fixed number of tokens), in one process, after
-a warm-up of each, in interleaved rounds:
+Ways to decode the same prompts with the same sampling (a fixed number of tokens), in one process, after a warm-up of
+each, in interleaved rounds:
 
 - transformers: `generate` of the patient alone;
 - patient: our engine, the patient alone;
@@ -107,50 +107,58 @@ def brief_draft(spec: str, folder: Path) -> None:
                options=DraftOptions(tokens=2000, epochs=2, held_out=4, max_new_tokens=48))  # fmt: skip
 
 
-def asked(guides: list[Guide], rows: int, tokens: int) -> list[Request]:
+def asked(guides: list[Guide], rows: int, tokens: int, temperature: float = 1.0) -> list[Request]:
     """A request for each of `rows` prompts, in which all guides are heard."""
     betas = {guide.name: BETA for guide in guides}
     return [
-        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
+        Request(
+            messages, betas=betas, sampling=SamplingParams(max_new_tokens=tokens, temperature=temperature, seed=seed)
+        )
         for seed, messages in enumerate(conversations(rows))
     ]
 
 
 def engine(
     patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, draft: DraftModel | None = None,
-    done: list[Completion] | None = None,
+    done: list[Completion] | None = None, *, temperature: float = 1.0, prompts: int = 0,
 ) -> Callable[[], None]:  # fmt: skip
-    """Work that decodes `rows` prompts; completions of every run are added to `done`."""
+    """Work that decodes `prompts` prompts, `rows` together; completions of every run are added to `done`."""
+    prompts = max(rows, prompts)
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     # Every way makes the same number of tokens.
     decoder.encoder.stop_ids = frozenset()
-    requests = asked(guides, rows, tokens)
+    requests = asked(guides, prompts, tokens, temperature)
 
     def run() -> None:
         completions = decoder.generate(requests)
-        assert sum(len(made.token_ids) for made in completions) == rows * tokens
+        assert sum(len(made.token_ids) for made in completions) == prompts * tokens
         if done is not None:
             done.extend(completions)
 
     return run
 
 
-def transformers(patient: LoadedModel, doctor: Any | None, rows: int, tokens: int) -> Callable[[], None]:
+def transformers(
+    patient: LoadedModel, doctor: Any | None, rows: int, tokens: int, *, temperature: float = 1.0, prompts: int = 0
+) -> Callable[[], None]:
+    """As `engine`, by `generate`."""
     encoder = GuidedDecoder(patient).encoder
-    prompts = [encoder.prompt_ids(messages) for messages in conversations(rows)]
-    width = max(map(len, prompts))
+    every = [encoder.prompt_ids(messages) for messages in conversations(max(rows, prompts))]
     pad = patient.tokenizer.pad_token_id
     device = patient.model.device
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
 
     @torch.inference_mode()
     def run() -> None:
-        extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
-        patient.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
-            top_k=0, pad_token_id=pad, **extra,
-        )  # fmt: skip
+        for start in range(0, len(every), rows):
+            batch = every[start : start + rows]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
+            extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
+            patient.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
+                temperature=temperature, top_k=0, pad_token_id=pad, **extra,
+            )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -195,11 +203,13 @@ def guesses(completions: list[Completion]) -> dict[str, float]:
     }
 
 
-def first_guess(draft: DraftModel, patient: LoadedModel, guides: list[Guide], rows: int, tokens: int) -> float:
+def first_guess(
+    draft: DraftModel, patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, temperature: float
+) -> float:
     """Share of tokens that were guessed right where one guess a token is made, always."""
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     decoder.pace.choose = lambda rows: Tree((0,), (0,))  # type: ignore[method-assign]
-    completions = decoder.generate(asked(guides, rows, tokens))
+    completions = decoder.generate(asked(guides, rows, tokens, temperature))
     return sum(done.guesses_held for done in completions) / sum(done.guessed for done in completions)
 
 
@@ -221,15 +231,16 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
     print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
     for size in sizes:
         heard: dict[str, list[Completion]] = {"speculative": [], "patient_speculative": []}
+        same = {"temperature": arguments.temperature, "prompts": size if arguments.quick else 4}
         ways = {
-            "transformers": transformers(patient, None, size, tokens),
-            "patient": engine(patient, [], size, tokens),
-            "doctor": engine(own, [], size, tokens),
-            "guided": engine(patient, [beside], size, tokens),
-            "guided_apart": engine(patient, [apart], size, tokens),
-            "logits_processor": transformers(patient, own.model, size, tokens),
-            "speculative": engine(patient, [beside], size, tokens, draft, heard["speculative"]),
-            "patient_speculative": engine(patient, [], size, tokens, draft, heard["patient_speculative"]),
+            "transformers": transformers(patient, None, size, tokens, **same),
+            "patient": engine(patient, [], size, tokens, **same),
+            "doctor": engine(own, [], size, tokens, **same),
+            "guided": engine(patient, [beside], size, tokens, **same),
+            "guided_apart": engine(patient, [apart], size, tokens, **same),
+            "logits_processor": transformers(patient, own.model, size, tokens, **same),
+            "speculative": engine(patient, [beside], size, tokens, draft, heard["speculative"], **same),
+            "patient_speculative": engine(patient, [], size, tokens, draft, heard["patient_speculative"], **same),
         }
         for way, work in ways.items():
             # What is guessed follows what guesses have cost, which takes some rounds to be known.
@@ -246,7 +257,7 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
                 seconds[way].append(time.perf_counter() - start)
         for way, times in seconds.items():
             ratio = times_as_fast(times, seconds["patient"])
-            rate = size * tokens / statistics.median(times)
+            rate = max(size, same["prompts"]) * tokens / statistics.median(times)
             rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
             print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
         guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
@@ -268,13 +279,14 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
         "speculative_vs_patient": ratios("speculative", "patient"),
         "speculative_vs_guided": ratios("speculative", "guided"),
         "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
-        "acceptance": first_guess(draft, patient, [beside], 16, tokens),
-        "acceptance_patient": first_guess(draft, patient, [], 16, tokens),
+        "acceptance": first_guess(draft, patient, [beside], 16, tokens, arguments.temperature),
+        "acceptance_patient": first_guess(draft, patient, [], 16, tokens, arguments.temperature),
         "guesses": guessed,
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
         "peak_bytes": peaks,
         "new_tokens": tokens,
+        "temperature": arguments.temperature,
         "dtype": str(patient.model.dtype),
         "rows": rows,
     }
@@ -286,6 +298,7 @@ def main() -> None:
     parser.add_argument("--patient", default="builtin:smollm2")
     parser.add_argument("--doctor", type=Path, help="a trained LoRA doctor on the patient; a random one if left out")
     parser.add_argument("--draft", type=Path, help="from `llmdoctor draft`")
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory", choices=["patient", "guided", "guided_apart"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()

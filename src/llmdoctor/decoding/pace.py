@@ -27,7 +27,7 @@ _FADE = 0.98
 _PLAIN_STEP = 0.1
 _OUTLIER = 2.0
 _LONGEST_WAIT = 1000
-_PLAIN_FIRST = 2
+_GUESSED_FIRST = 3
 _ASIDE_EVERY = 12
 """Rounds after which something else than the best is tried, no guesses or a neighbouring size: costs change with the
 rows' lengths, and what is always chosen does not tell what part of its cost is the guesses'."""
@@ -48,6 +48,7 @@ class Pace:
         self._held = _PRIOR * np.array(_USUAL)
         self._rounds = 0
         self._costs: dict[int, _Costs] = {}
+        self._shapes: set[tuple[int, int]] = set()
 
     @contextmanager
     def round(self, rows: Sequence[Row], guesses: bool) -> Iterator[Tree]:
@@ -60,7 +61,12 @@ class Pace:
         before = [(row.guesses_tried.copy(), row.guesses_held.copy()) for row in rows]
         start = time.perf_counter()
         yield tree
-        self._costs.setdefault(_bucket(len(rows)), _Costs()).add(tree, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        costs = self._costs.setdefault(_bucket(len(rows)), _Costs())
+        # The first pass of a shape pays for what is set up once, so it says little.
+        if (shape := (len(rows), tree.guesses)) in self._shapes:
+            costs.add(tree, seconds)
+        self._shapes.add(shape)
         for row, (tried, held) in zip(rows, before, strict=True):
             self._tried += row.guesses_tried - tried
             self._held += row.guesses_held - held
@@ -74,7 +80,7 @@ class Pace:
             [(row.guesses_held + _PRIOR * usual) / (row.guesses_tried + _PRIOR) for row in alive], axis=0
         ).tolist()
         costs = self._costs.setdefault(_bucket(len(alive)), _Costs())
-        if costs.plain < _PLAIN_FIRST:
+        if not costs.plain:
             return Tree()
         sizes = [size for size in _SIZES if size <= self.most]
         found = []
@@ -83,7 +89,7 @@ class Pace:
                 tree, tokens = best_tree(rates, size, depth)
                 found.append((tokens / costs.seconds(tree), place, depth, tree))
         pays, place, depth, tree = max(found, key=lambda entry: entry[0])
-        if pays < 1 / costs.seconds(Tree()):
+        if costs.guessed >= _GUESSED_FIRST and pays < 1 / costs.seconds(Tree()):
             return tree if costs.try_again() else Tree()
         aside, rest = divmod(self._rounds, _ASIDE_EVERY)
         if rest == 0:
@@ -100,15 +106,15 @@ class _Costs:
     The newest rounds weigh most.
 
     Attributes:
-        plain: rounds without guesses.
+        plain, guessed: rounds without guesses and with some that were timed.
     """
 
     def __init__(self) -> None:
-        self.plain = 0
+        self.plain = self.guessed = 0
         self._plain_seconds = 1.0
         self._products: npt.NDArray[np.float64] = np.zeros((3, 3))
         self._sums: npt.NDArray[np.float64] = np.zeros(3)
-        self._fit: npt.NDArray[np.float64] | None = None
+        self._fit: npt.NDArray[np.floating] | None = None
         self._wait = self._left = _ASIDE_EVERY
 
     def try_again(self) -> bool:
@@ -121,10 +127,9 @@ class _Costs:
 
     def add(self, tree: Tree, seconds: float) -> None:
         """A round with this tree took so long."""
-        if not tree.guesses:
-            self.plain += 1
-        # The first pass of a shape pays for what is set up once, so it says little.
-        if not tree.guesses and self.plain <= _PLAIN_FIRST:
+        self.plain += not tree.guesses
+        self.guessed += tree.guesses > 0
+        if self.plain == 1 and not tree.guesses:
             self._plain_seconds = seconds
             return
         # Other programs' work, a prompt that was read in between: no reason to believe in a new price at once.
