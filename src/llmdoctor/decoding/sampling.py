@@ -12,12 +12,13 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _BITS = 32
-_ELEMENTS_AT_ONCE = 1 << 17
+_ELEMENTS_AT_ONCE = 1 << 18
 """Noise made together on a CPU: a block of this size stays in its cache."""
 
 
@@ -38,8 +39,9 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     modes = scores.argmax(-1)
     if bool(greedy.all()):
         return modes
-    every = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.where(greedy, modes, _finish(scores, keys, greedy, every).argmax(-1))
+    return torch.where(
+        greedy, modes, _finish(scores, keys, greedy, _all_words(*scores.shape[1:], scores.device)).argmax(-1)
+    )
 
 
 def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, tokens: Tensor) -> Tensor:
@@ -54,13 +56,11 @@ def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, 
     Returns:
         [B, K] token ids.
     """
-    return tokens[_finish(scores, keys, greedy, tokens).topk(count, dim=-1).indices]
+    return tokens[_finish(scores, keys, greedy, _words(tokens)).topk(count, dim=-1).indices]
 
 
-def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, tokens: Tensor) -> Tensor:
+def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) -> Tensor:
     """[B, V] what is greater for tokens that arrive earlier: p over the waiting time, p itself where greedy."""
-    # A word of its own for each token: two with the same one would share their luck for ever.
-    words = _mix(tokens.to(torch.int32) + 1)
     rows = len(scores) if scores.device.type != "cpu" else max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
     found = []
     for start in range(0, len(scores), rows):
@@ -84,6 +84,16 @@ def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
     u = _mix(torch.addcmul(shift, factor, words)).float().abs_()
     # Below 1 by more than float32 rounds up.
     return u.add_(0.5).mul_(2.0**-31 * (1 - 2.0**-22)).neg_().log1p_().neg_()
+
+
+def _words(tokens: Tensor) -> Tensor:
+    """[V] ids -> [V] int32, a word of its own for each token: two with the same one would share their luck for ever."""
+    return _mix(tokens.to(torch.int32) + 1)
+
+
+@lru_cache(maxsize=8)
+def _all_words(width: int, device: torch.device) -> Tensor:
+    return _words(torch.arange(width, device=device))
 
 
 def _mix(x: Tensor) -> Tensor:
