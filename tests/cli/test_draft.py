@@ -64,6 +64,7 @@ def test_a_cut_run_says_what_is_kept(
     [
         (("--layers", 3), "layers must be at most the 2 there are, got 3"),
         (("--unroll", 0), "unroll must be at least 1, got 0"),
+        (("--vocabulary", 7), "vocabulary must be at least 8, got 7"),
         (("--held-out", 6), "6 prompts leave none to learn from with held_out 6"),
     ],
 )

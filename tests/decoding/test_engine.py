@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.decoding import engine
+from llmdoctor.decoding import engine, ward
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
@@ -160,7 +160,7 @@ def test_dropping_finished_rows_changes_nothing(
     decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, compact_below: float
 ) -> None:
     expected = decoder.generate(mixed_requests())
-    monkeypatch.setattr(engine, "_COMPACT_BELOW", compact_below)
+    monkeypatch.setattr(ward, "_COMPACT_BELOW", compact_below)
     for one, other in zip(expected, decoder.generate(mixed_requests()), strict=True):
         same(one, other)
 
@@ -351,7 +351,7 @@ def test_a_finished_row_may_outlive_its_context(patient: LoadedModel, monkeypatc
     model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
     model.requires_grad_(False)
     decoder = GuidedDecoder(replace(patient, model=model))
-    monkeypatch.setattr(engine, "_COMPACT_BELOW", 0.0)
+    monkeypatch.setattr(ward, "_COMPACT_BELOW", 0.0)
     prompt = len(decoder.encoder.prompt_ids([{"role": "user", "content": "7" * 30}]))
     requests = [ask("7" * 30, max_new_tokens=64), ask("Hi", max_new_tokens=35)]
     assert len(decoder.encoder.prompt_ids(requests[1].messages)) + 35 <= 64 < prompt + 35

@@ -373,6 +373,51 @@ def test_a_draft_of_another_patient_is_refused(tiny_folder: Path, draft: DraftMo
         GuidedDecoder(load(tiny_folder), draft=draft)
 
 
+def test_a_draft_beyond_a_doctors_logits_is_refused(
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = copy.deepcopy(guides[1].model.model)
+    narrow.lm_head = torch.nn.Linear(narrow.lm_head.in_features, 200, bias=False)
+    narrow.config.vocab_size = 200
+    with pytest.raises(UserError, match="may guess tokens from 200 on"):
+        GuidedDecoder(patient, [Guide("narrow", replace(guides[1].model, model=narrow))], draft=draft)
+
+
+def test_memory_that_runs_out_while_rows_are_dropped(
+    patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [replace(request, betas={}) for request in requests(10)]
+    expected = GuidedDecoder(patient, max_batch_size=10).generate(asked)
+    keep, calls = Lane.keep, 0
+
+    def failing(self: Lane, places: list[int]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        keep(self, places)
+
+    monkeypatch.setattr(Lane, "keep", failing)
+    for one, other in zip(
+        expected, GuidedDecoder(patient, max_batch_size=10, draft=draft).generate(asked), strict=True
+    ):
+        same(one, other)
+    assert calls > 1
+
+
+def test_prompts_of_one_token(patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come while others are under way, so the draft's cache has to exist although there was nothing to read."""
+    always(monkeypatch, TREES[1])
+    decoders = [GuidedDecoder(patient, max_batch_size=2, draft=guesses) for guesses in (None, draft)]
+    asked = [
+        Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=5 + 7 * place, seed=place)) for place in range(5)
+    ]
+    for decoder in decoders:
+        monkeypatch.setattr(decoder.lanes[0].encoder, "prompt_ids", lambda messages, system=None: [7])
+    for one, other in zip(decoders[0].generate(asked), decoders[1].generate(asked), strict=True):
+        same(one, other)
+
+
 def test_the_number_of_guesses_is_checked(patient: LoadedModel, draft: DraftModel) -> None:
     with pytest.raises(UserError, match="max_guesses must be at least 1, got 0"):
         GuidedDecoder(patient, draft=draft, max_guesses=0)

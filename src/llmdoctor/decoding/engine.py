@@ -36,7 +36,7 @@ _CPU_BLOCK = 16
 
 _UNGUIDED = Mixture([], [])
 
-_COMPACT_BELOW = 0.75
+_ADMIT_BELOW = 0.75
 """Waiting rows are taken in when at most this share of the places is in use."""
 
 
@@ -49,7 +49,7 @@ class GuidedDecoder:
         max_batch_size: rows decoded together.
         draft: from `load_draft` for this patient; guesses what comes next, so that a pass of the patient gives several
             tokens where guesses hold. It changes no token, but for the rounding of passes of other shapes.
-        max_guesses: guesses a pass at most; how many pay is measured while decoding, and may be none.
+        max_guesses: guesses a pass at most, up to 32; how many pay is measured while decoding, and may be none.
 
     Attributes:
         tally: of the translation of doctors of other vocabularies, summed over all requests finished so far.
@@ -158,18 +158,18 @@ class GuidedDecoder:
                 done.unmapped_mass = row.tally.unmapped_mass
                 self.tally += row.tally
             yield finished
-            ward.discharge()
-            if not waiting and not ward.rows:
+            if not waiting and all(row.done for row in ward.rows):
                 return
             new: list[Row] = []
             try:
+                ward.discharge()
                 # Taking rows in copies every cache, so it waits until there is place for several.
-                admits = waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _COMPACT_BELOW * size))
+                admits = waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _ADMIT_BELOW * size))
                 with self.pace.round(ward.rows, guesses=ward.can_guess and not admits) as tree:
                     ward.step(tree)
                     if admits:
                         new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
-                        ward.admit(new, self.pace.most)
+                        ward.admit(new, self.pace.most if self.draft else 0)
                     self._draw(ward, guided)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -178,7 +178,7 @@ class GuidedDecoder:
                 if len(back) == 1 and not back[0].done:
                     raise UserError(
                         f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
-                        "a shorter prompt, fewer doctors or bfloat16"
+                        "a shorter prompt, fewer doctors, no draft model or bfloat16"
                     ) from error
                 size = max(1, len(back) // 2)
                 waiting.extendleft(reversed([row for row in back if not row.done]))
@@ -246,7 +246,7 @@ class GuidedDecoder:
         chosen = tokens[:, None]
         logps = (raw.gather(1, chosen)[:, 0] - raw.logsumexp(-1)).tolist()
         patient_logps = logps
-        if raw is not patient:
+        if guided or bool((controls.alpha != 1).any()):
             patient_logps = (patient.gather(1, chosen)[:, 0] - patient.logsumexp(-1)).tolist()
         drawn_logps = logps
         if controls.warps:
@@ -268,6 +268,12 @@ def _check_draft(draft: DraftModel, lanes: Sequence[LaneSpec]) -> None:
     """UserError where guesses cannot be made or checked."""
     if draft.get_input_embeddings() is not lanes[0].model.get_input_embeddings():
         raise UserError("the draft model was loaded for another patient; load it with load_draft(folder, patient)")
+    width = min(int(lane.head.linear.weight.shape[0]) for lane in lanes)
+    if int(draft.vocabulary.max()) >= width:
+        raise UserError(
+            f"the draft model may guess tokens from {width} on, for which a doctor has no logits; make one with a "
+            "smaller vocabulary (llmdoctor draft --vocabulary)"
+        )
     for lane in lanes:
         name = type(lane.model).__name__
         if lane.translation is not None:
@@ -288,5 +294,6 @@ def _blocks(places: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError, whose text is all there is to know it by.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # But for CUDA's own allocator torch raises a plain RuntimeError, whose text is all there is to know it by.
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

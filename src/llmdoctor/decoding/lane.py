@@ -218,6 +218,7 @@ class Lane:
         index = torch.tensor(places, device=self.device)
         spread = self._spread(index, len(self._mask))
         twin = copy.copy(self)
+        twin._branches = []
         twin._mask = self._mask[index]
         twin._cache = new_cache(self._spec.model.config, room)
         for number, (layer, own) in enumerate(zip(twin._cache.layers, self._cache.layers, strict=True)):

@@ -91,6 +91,7 @@ class Pace:
         pays, place, depth, tree = max(found, key=lambda entry: entry[0])
         if costs.guessed >= _GUESSED_FIRST and pays < 1 / costs.seconds(Tree()):
             return tree if costs.try_again() else Tree()
+        costs.pays()
         aside, rest = divmod(self._rounds, _ASIDE_EVERY)
         if rest == 0:
             if aside % 2:
@@ -115,6 +116,10 @@ class _Costs:
         self._products: npt.NDArray[np.float64] = np.zeros((3, 3))
         self._sums: npt.NDArray[np.float64] = np.zeros(3)
         self._fit: npt.NDArray[np.floating] | None = None
+        self._wait = self._left = _ASIDE_EVERY
+
+    def pays(self) -> None:
+        """Guesses pay: should they stop to, they are tried again soon."""
         self._wait = self._left = _ASIDE_EVERY
 
     def try_again(self) -> bool:

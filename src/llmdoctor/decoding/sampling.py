@@ -74,7 +74,7 @@ def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) 
 def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
     """[B, V] exponential waiting times of rate 1, each decided by its row's key and its token's word [V] int32.
 
-    They are the same on any device.
+    They are the same on any device, up to the rounding of the logarithm.
 
     −log(1 − u) for u = (|x| + ½) 2⁻³¹, x a hash of 32 bits: so near 0, where races are won, they are finest.
     """

@@ -22,6 +22,9 @@ from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.models.draft import DraftModel
 
+_LATEST = 64
+"""Columns that may wait to be read: while nothing is guessed, states would otherwise pile up."""
+
 
 class DraftLane:
     """A draft model that follows the voices of one lane. Call inside `torch.inference_mode()`.
@@ -47,6 +50,9 @@ class DraftLane:
         # A token goes with the state that it was drawn from, so the first one of a prompt goes with none.
         states = self._by_row(states)
         self._pending = [(prompts[:, 1:], mask[:, :-1].bool(), states[:, :, :-1])]
+        if prompts.shape[1] == 1:
+            # Something has to be read, or there is no cache that others could join.
+            self._pending = [(prompts, mask.bool(), torch.zeros_like(states))]
         self._states = states[:, :, -1:]
         self._ahead = 0
 
@@ -55,6 +61,8 @@ class DraftLane:
 
         `branch` [B, K] says which of the states expected they were drawn from.
         """
+        if sum(tokens.shape[1] for tokens, _, _ in self._pending) >= _LATEST:
+            self._read()
         mask = torch.arange(tokens.shape[1], device=kept.device) < kept[:, None]
         rows = torch.arange(len(branch), device=branch.device)[:, None]
         self._pending.append((tokens, mask, self._states.transpose(1, 2)[rows, branch].transpose(1, 2)))

@@ -140,13 +140,14 @@ class Ward:
         count = len(inner)
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner])
         logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
-        vocabulary = self._draft.draft.vocabulary
+        vocabulary = self._draft.draft.vocabulary.to(expected.device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
         depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
         keys = [row.key(len(row.completion.token_ids) + depth) for row in self.rows for _ in inner]
         most = max(len(tree.children[node]) for node in inner)
         found = candidates(scores, keys, controls.greedy, most, vocabulary).unflatten(0, (-1, count))
+        found = found.to(self.guesses.device)
         columns = [found[:, place, : len(tree.children[node])] for place, node in enumerate(inner)]
         self.guesses = torch.cat([self.guesses, *columns], dim=1)
 
@@ -193,7 +194,8 @@ class Ward:
         # Copied, so that what was read may go.
         states = [tensor[:, -1:].clone().unflatten(0, (-1, len(rows))) for tensor in read]
         everyone = [*self.rows, *rows]
-        controls = Controls(everyone, self._names, lanes[0].device, lanes[0].width)
+        # Where the logits are: of a model that is spread over several devices, not where its tokens go in.
+        controls = Controls(everyone, self._names, self._specs[0].head.linear.weight.device, lanes[0].width)
         if self.rows:
             for lane, other in zip(self._lanes, lanes, strict=True):
                 lane.join(other, room)  # type: ignore[arg-type]  # lanes of one spec are of one kind

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, write_json
-from llmdoctor.models.layers import cast_weights, copy_kept, small_config, weights_read
+from llmdoctor.models.layers import cast_weights, copy_kept, decoder_layers, small_config, weights_read
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 
@@ -123,7 +123,7 @@ class CutHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., W] float32."""
         # Flat: a slice of one row counts as contiguous whatever its stride, and torch then copies the whole weight.
-        flat = hidden.to(self.weight.dtype).reshape(-1, hidden.shape[-1])
+        flat = hidden.to(self.weight).reshape(-1, hidden.shape[-1])
         raw = F.linear(flat, self.weight, self.bias).float().view(*hidden.shape[:-1], -1)
         return raw if self._finish is None else self._finish(raw)
 
@@ -175,6 +175,9 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
                 f"{path} was made for {config.get('patient')}, whose {name} is another than {patient.spec}'s; "
                 "a draft model serves only the model it was made from"
             )
+    total = len(decoder_layers(patient.model))
+    if not (isinstance(layers, list) and layers and all(type(layer) is int and 0 <= layer < total for layer in layers)):
+        raise UserError(f"{config_path} is broken: layers are {layers!r}; make the draft model anew")
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
         vocabulary = tensors.pop("vocabulary").long()

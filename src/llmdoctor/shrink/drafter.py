@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.prompts import Prompt
+from llmdoctor.decoding.cache import new_cache, sees_everything
+from llmdoctor.decoding.row import RANKS
 from llmdoctor.errors import UserError
 from llmdoctor.files import claim
 from llmdoctor.models.draft import CONFIG_NAME, DraftModel, save_draft
@@ -67,7 +69,7 @@ class DraftOptions(DistilOptions):
     def __post_init__(self) -> None:
         self._check(
             layers=(self.layers >= 1, "at least 1"),
-            vocabulary=(self.vocabulary >= 1, "at least 1"),
+            vocabulary=(self.vocabulary >= RANKS, f"at least {RANKS}"),
             unroll=(self.unroll >= 1, "at least 1"),
         )
         super().__post_init__()
@@ -119,6 +121,11 @@ def make_draft(
     if finished is not None:
         return finished
     # Refused before anything is drawn, not after hours.
+    if not sees_everything(new_cache(patient.model.config, 0)):
+        raise UserError(
+            f"{type(patient.model).__name__} cannot have a draft model: it has layers that see a window or a state, "
+            "from which guesses that do not hold cannot be taken back"
+        )
     size = patient_head(patient).weight.shape[0]
     DraftModel.from_layers(patient.model, layers, torch.arange(1))
     parts = parts_of(output)
