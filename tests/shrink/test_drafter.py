@@ -36,9 +36,14 @@ def patient(deep_folder: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def made(deep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The draft model's folder and what `make_draft` returned."""
+    """The draft model's folder and what `make_draft` returned, by one thread: several add up as they please."""
     folder = tmp_path_factory.mktemp("made") / "draft"
-    return folder, make_draft(load(deep_folder), PROMPTS, folder, options=OPTIONS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return folder, make_draft(load(deep_folder), PROMPTS, folder, options=OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def held_out(patient: LoadedModel, folder: Path) -> list[Answer]:
@@ -207,12 +212,13 @@ def test_collate(tmp_path: Path) -> None:
 
 
 JOB = f"""
-from pathlib import Path
+import torch
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.models.loading import load_model
 from llmdoctor.shrink.drafter import DraftOptions, make_draft
 
 def main(patient, output):
+    torch.set_num_threads(1)
     make_draft(load_model(patient, dtype="float32", device="cpu"), {PROMPTS!r}, output, options={OPTIONS!r})
 """
 
