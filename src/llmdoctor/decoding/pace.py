@@ -24,10 +24,20 @@ _LEVEL, _GUESS = 0.1, 0.02
 """What a level of guesses and a guess are thought to cost, in passes, until that was measured."""
 
 _FADE = 0.98
+"""What is left, a round later, of the weight of a round with guesses."""
+
 _PLAIN_STEP = 0.1
+"""Weight of the newest round in the average of those without guesses."""
+
 _OUTLIER = 2.0
-_LONGEST_WAIT = 1000
+"""A round is counted as at most so many times what was expected of it."""
+
 _GUESSED_FIRST = 3
+"""Rounds with guesses that are timed before they may be thought not to pay."""
+
+_LONGEST_WAIT = 1000
+"""Rounds between two tries of guesses that do not pay, at most."""
+
 _ASIDE_EVERY = 12
 """Rounds after which something else than the best is tried, no guesses or a neighbouring size: costs change with the
 rows' lengths, and what is always chosen does not tell what part of its cost is the guesses'."""
