@@ -20,8 +20,8 @@ pytestmark = pytest.mark.model
 
 PROMPTS, TOKENS = 4, 12
 OPTIONS = BenchOptions(
-    prompt_count=PROMPTS, pairs=16, seeds=1, max_new_tokens=TOKENS, epochs=1, rollout_tokens=2, transfer_q_prompts=2,
-    batch_size=32,
+    prompt_count=PROMPTS, pairs=16, seeds=1, max_new_tokens=TOKENS, epochs=1, rounds=1, rollout_tokens=2,
+    transfer_q_prompts=2, batch_size=32,
 )  # fmt: skip
 LOUDEST = {name: contender.settings[-1] for name, contender in CONTENDERS.items()}
 

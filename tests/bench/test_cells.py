@@ -289,7 +289,7 @@ def main(patient, folder, output):
     loading.cpu_multiplies_bfloat16 = lambda: False
     options = BenchOptions(
         patient=patient, prompts=folder + "/prompts.txt", prompt_count=6, pairs=12, seeds=2, max_new_tokens=6,
-        epochs=1, batch_size=64,
+        epochs=1, rounds=1, batch_size=64,
     )
     arena = Arena(Path(output), options, Progress(), [Task("a", folder + "/a.jsonl", "positive", "vader")])
     make_table(arena, ["best_of_n", "genarm"])

@@ -93,7 +93,7 @@ def test_an_ablation_is_trained_without_its_part_and_found_again(
     whole = DoctorConfig.load(models / "a" / "seed0" / "tfpo")
     changes = ABLATIONS[kind]
     assert {k: v for k, v in made.training.items() if v != whole.training[k]} == {
-        k: v for k, v in changes.get("config", {}).items() if v != whole.training[k]
+        k: v for k, v in {**changes.get("config", {}), **changes.get("rounds", {})}.items() if v != whole.training[k]
     }
     assert (made.rewards_fingerprint != whole.rewards_fingerprint) == ("rewards" in changes)
     assert f"a, seed 0: training {kind}" in told.started
@@ -127,12 +127,14 @@ def test_the_doctor_is_what_train_doctor_makes(
     """The same pairs, epochs and seed give the same bytes."""
     from llmdoctor.models.loading import load_model
     from llmdoctor.tfpo.config import TFPOConfig
+    from llmdoctor.tfpo.rounds import RoundOptions
 
     kit = compared.kits["a"]
     config = TFPOConfig(
         output_dir=str(tmp_path / "own"), seed=1, num_train_epochs=1, disable_tqdm=True, eval_strategy="no"
     )
-    own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, dimension="positive")
+    rounds = RoundOptions(rounds=kit.options.rounds, round_batch_size=kit.options.batch_size)
+    own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, rounds=rounds, dimension="positive")
     name = "adapter/adapter_model.safetensors"
     assert (own / name).read_bytes() == (compared.output / "models/a/seed1/tfpo" / name).read_bytes()
 

@@ -63,8 +63,8 @@ def sources(folder: Path) -> Path:
 
 def options_of(tiny_folder: Path, folder: Path, **changes: Any) -> BenchOptions:
     own = {"prompts": str(folder / "prompts.txt"), "prompt_count": PROMPTS, "pairs": 12, "seeds": SEEDS}
-    small = {"max_new_tokens": 6, "epochs": 1, "rollout_tokens": 2, "transfer_q_prompts": 4, "batch_size": 64}
-    return BenchOptions(patient=str(tiny_folder), **{**own, **small, **changes})
+    small = {"max_new_tokens": 6, "epochs": 1, "rounds": 1, "rollout_tokens": 2, "transfer_q_prompts": 4}
+    return BenchOptions(patient=str(tiny_folder), **{**own, **small, "batch_size": 64, **changes})
 
 
 def tasks_of(folder: Path, judge: str = "vader") -> list[Task]:

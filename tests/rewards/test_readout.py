@@ -20,6 +20,7 @@ from llmdoctor.rewards.readout import (
     ReadoutFit,
     _pooled,
     _states,
+    calibration,
     fit_bradley_terry,
     fit_readout,
     left_out_margins,
@@ -56,8 +57,8 @@ def test_pooled_states_are_those_of_each_row_alone(
 
 
 def test_token_rewards_sum_to_the_score(shared_model: LoadedModel) -> None:
-    weights = torch.randn(shared_model.model.config.hidden_size, dtype=torch.float64)
-    readout = Readout(shared_model, weights, ReadoutFit(1, 1.0, 2, 0.0, 1.0))
+    weights = torch.randn(2, shared_model.model.config.hidden_size, dtype=torch.float64)
+    readout = Readout(shared_model, weights, ReadoutFit((0, 1), (1.0, 1.0), 2, 0.0, 1.0))
     messages = [({"role": "user", "content": text},) for text in ("Hi", "How are you, cat?", "the")]
     texts = ["the cat sat", "no", "on the mat with a zebra"]
     complete = [True, False, True]
@@ -65,8 +66,9 @@ def test_token_rewards_sum_to_the_score(shared_model: LoadedModel) -> None:
     ids = [readout.encoder.completion(text, end).ids for text, end in zip(texts, complete, strict=True)]
     scores = readout.score(messages, texts, complete=complete)
     for score, rewards, answer, prompt in zip(scores, readout.token_rewards(prompts, ids), ids, prompts, strict=True):
-        states = plain_states(shared_model, prompt, answer, 1)
-        torch.testing.assert_close(rewards, states @ weights / len(answer), atol=1e-4, rtol=1e-4)
+        words, states = (plain_states(shared_model, prompt, answer, layer) for layer in (0, 1))
+        expected = (words @ weights[0] + states @ weights[1]) / len(answer)
+        torch.testing.assert_close(rewards, expected, atol=1e-4, rtol=1e-4)
         assert float(rewards.sum()) == pytest.approx(score, abs=1e-4)
 
 
@@ -91,6 +93,16 @@ def test_left_out_margins_do_not_see_their_own_fold() -> None:
         out = torch.arange(20) % 4 == part
         weights = fit_bradley_terry(gaps[~out], [0.5])[0]
         torch.testing.assert_close(margins[out], gaps[out] @ weights)
+
+
+def test_calibration_is_the_best_scale() -> None:
+    margins = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    best = calibration(margins)
+    losses = [float(softplus(-scale * best * margins).mean()) for scale in (0.98, 1, 1.02)]
+    assert losses[1] == min(losses)
+    assert calibration(-margins.abs()) < 1e-6
+    assert calibration(margins.abs()) * float(margins.abs().mean()) == pytest.approx(100, rel=1e-6)
+    assert calibration(torch.zeros(3, dtype=torch.float64)) == 1.0
 
 
 def test_it_learns_what_the_pairs_say_and_not_what_they_do_not(shared_model: LoadedModel) -> None:

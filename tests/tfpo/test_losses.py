@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.tfpo.losses import leaf_discrimination_loss, squared_error_loss, subtb_loss, value_discrimination_loss
+from llmdoctor.tfpo.losses import (
+    branch_balance_loss,
+    leaf_discrimination_loss,
+    squared_error_loss,
+    subtb_loss,
+    value_discrimination_loss,
+)
 
 
 def loss_of(*potential: float, subtb_lambda: float = 1.0) -> float:
@@ -85,6 +91,24 @@ def squared_error(logps: Tensor, mask: list[list[int]]) -> Tensor:
     ref = torch.tensor([[-1.5, -1.0, -3.5], [0.0, 0.0, 0.0]])
     rewards = torch.tensor([[0.5, 0.0, -0.25], [0.0, 0.0, 0.0]])
     return squared_error_loss(logps, ref, rewards, torch.tensor(mask), 0.5)
+
+
+def test_branch_balance_by_hand() -> None:
+    """η = 0.5. c − R/η is 3 − 2 in row 0 and 1 − 4 in row 1, of two tokens: (1 + 3)² over a mean length of 1.5."""
+    ratios, rewards = torch.tensor([[3.0, 9.0], [2.0, -1.0]]), torch.tensor([[1.0, 9.0], [0.5, 1.5]])
+    mask = torch.tensor([[1, 0], [1, 1]])
+    loss = branch_balance_loss(ratios, rewards, mask, 0.5)
+    assert loss.tolist() == pytest.approx([16 / 1.5])
+    whole = branch_balance_loss(ratios, rewards, mask, 0.5, length_normalize=False)
+    assert whole.tolist() == pytest.approx([16.0])
+
+
+def test_branch_balance_is_zero_at_the_tilted_reference_and_whatever_the_prompt_is_worth() -> None:
+    """A constant of the prompt, log Z, drops out; answers of one prompt stand B rows apart."""
+    rewards = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(6, 4)
+    log_z = torch.tensor([1.0, -2.0, 5.0]).repeat(2)[:, None] / 4
+    assert branch_balance_loss(rewards / 0.3 - log_z, rewards, mask, 0.3).tolist() == pytest.approx([0, 0, 0], abs=1e-8)
 
 
 def test_squared_error_by_hand() -> None:

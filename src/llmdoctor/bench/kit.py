@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmdoctor.baselines.training import BaselineOptions
     from llmdoctor.rewards.readout import Readout
     from llmdoctor.tfpo.config import TFPOConfig
+    from llmdoctor.tfpo.rounds import RoundOptions
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "tfpo": {},
@@ -28,13 +29,20 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no_value": {"config": {"value_coef": 0.0}},
     "no_leaf": {"config": {"leaf_coef": 0.0}},
     "no_sparsity": {"rewards": {"theta": 0.0}},
-    "no_flow": {"config": {"objective": "squared_error"}},
+    "no_flow": {"config": {"objective": "squared_error"}, "rounds": {"round_branch_coef": 0.0}},
+    "no_rounds": {"rounds": {"rounds": 0}},
+    "online_dpo": {
+        "config": {"objective": "none", "value_coef": 0.0},
+        "rounds": {"round_branch_coef": 0.0, "round_leaf_coef": 30.0},
+    },
     "no_anchor": {
         "config": {"reference_anchor": False, "terminal_anchor": False, "leaf_coef": 0.0},
         "rewards": {"signed": False},
+        "rounds": {"rounds": 0},
     },
 }
-"""The doctor and what can be taken from it; the last is the paper's objective as it is written."""
+"""The doctor and what can be taken from it. `online_dpo` is DPO on the pairs, then in as many rounds on answers of its
+own, ranked by the same read-out; the last is the paper's objective as it is written."""
 
 
 READOUT = "readout"
@@ -160,7 +168,13 @@ class Kit:
             from llmdoctor.rewards.acquire import RewardOptions
 
             changes = ABLATIONS[kind]
-            return digest([self._doctor_settings(kind, seed), asdict(RewardOptions(**changes.get("rewards", {})))])
+            from llmdoctor.rewards import readout
+
+            judge = [readout.SCHEMA_VERSION, list(readout.DEPTHS), list(readout.RIDGES)]
+            settings = self._doctor_settings(kind, seed)
+            return digest(
+                [settings, asdict(RewardOptions(**changes.get("rewards", {}))), judge if settings["rounds"] else None]
+            )
         if kind == READOUT:
             from llmdoctor.rewards import readout
 
@@ -206,9 +220,21 @@ class Kit:
             self._check_doctor(folder, self._doctor_settings(kind, seed), rewards)
             return folder
         return train_doctor(
-            self.fresh_base(), rewards, config, dimension=self.task.faces,
-            callbacks=[self.steps.training_callback(name)],
+            self.fresh_base(), rewards, config, rounds=self._rounds(kind), patient=self.patient,
+            dimension=self.task.faces, callbacks=[self.steps.training_callback(name)], told=self._told,
         )  # fmt: skip
+
+    def _told(self, what: str, units: int) -> None:
+        if what:
+            self.steps.start(f"{self.task.name}: {what}", units)
+        else:
+            self.steps.advance(units)
+
+    def _rounds(self, kind: str) -> RoundOptions:
+        from llmdoctor.tfpo.rounds import RoundOptions
+
+        changes = {"rounds": self.options.rounds, **ABLATIONS[kind].get("rounds", {})}
+        return RoundOptions(**changes, round_batch_size=self.options.batch_size)
 
     def _doctor_config(self, kind: str, seed: int, folder: Path) -> TFPOConfig:
         from llmdoctor.tfpo.config import TFPOConfig
@@ -222,7 +248,8 @@ class Kit:
         """What `train_doctor` writes into `doctor.json` of how it was trained."""
         from llmdoctor.tfpo.train import DoctorOptions, recorded
 
-        return {**recorded(self._doctor_config(kind, seed, Path())), **vars(DoctorOptions())}
+        settings = recorded(self._doctor_config(kind, seed, Path()))
+        return {**settings, **vars(DoctorOptions()), **vars(self._rounds(kind))}
 
     def _check_doctor(self, folder: Path, settings: dict[str, Any], rewards: RewardStore) -> None:
         """FingerprintMismatch unless the doctor in `folder` is what `train_doctor` would make."""

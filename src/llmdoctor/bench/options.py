@@ -44,6 +44,7 @@ class BenchOptions:
         seeds: independent repetitions: each trains its own models and draws its own answers.
         max_new_tokens: longest answer.
         epochs: passes over the pairs, the same for every trained method.
+        rounds: how often LLMdoctor's doctors go on, after the pairs, on answers of their own.
         rollout_tokens: how far Transfer-Q* looks ahead.
         transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
         batch_size: answers decoded together; changes no answer, up to rounding.
@@ -57,20 +58,24 @@ class BenchOptions:
     seeds: int = 3
     max_new_tokens: int = 48
     epochs: int = 2
+    rounds: int = 4
     rollout_tokens: int = 8
     transfer_q_prompts: int = 80
     batch_size: int = 160
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_count", 2), ("pairs", 4), ("seeds", 1), ("max_new_tokens", 1), ("epochs", 1),
-                            ("rollout_tokens", 1), ("transfer_q_prompts", 2), ("batch_size", 1)):  # fmt: skip
+        for name, least in (
+            ("prompt_count", 2), ("pairs", 4), ("seeds", 1), ("max_new_tokens", 1), ("epochs", 1), ("rounds", 0),
+            ("rollout_tokens", 1), ("transfer_q_prompts", 2), ("batch_size", 1),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def quick(self) -> BenchOptions:
         """A smoke run: small enough for ten minutes on two cores, far too small to mean anything."""
         most = {
-            "prompt_count": 16, "pairs": 32, "seeds": 1, "max_new_tokens": 24, "epochs": 1, "rollout_tokens": 4,
+            "prompt_count": 16, "pairs": 32, "seeds": 1, "max_new_tokens": 24, "epochs": 1, "rounds": 1,
+            "rollout_tokens": 4,
             "transfer_q_prompts": 4, "batch_size": 128,
         }  # fmt: skip
         return replace(self, **{name: min(getattr(self, name), value) for name, value in most.items()})

@@ -76,6 +76,18 @@ class Progress:
         """A few words behind the figures, such as the present loss."""
         self._update(note=text)
 
+    def told(self, what: str, units: int) -> None:
+        """A step of `units` begins where `what` names one; otherwise so many units more are finished."""
+        if what:
+            self.start(what, units)
+        else:
+            self.advance(units)
+
+    @property
+    def description(self) -> str:
+        """Of the step that is shown, "" if none is."""
+        return "" if self._bars is None else str(Text.from_markup(self._task.description))
+
     def done(self) -> None:
         """The step is over."""
         if self._bars is None:

@@ -42,7 +42,7 @@ def readout(
 ) -> None:
     """Fit a linear read-out of the patient's states to preference pairs: a judge for `generate --best-of`.
 
-    The frozen patient reads every answer once; layer and ridge are those that do best on pairs left out.
+    The frozen patient reads every answer once; how strongly each layer is fitted is what does best on pairs left out.
 
     Example: llmdoctor readout --pairs my-pairs.jsonl -o runs/readout
     """
@@ -60,9 +60,10 @@ def readout(
     with run.progress.step("reading", total, "pairs") as step:
         found = fit_readout(model, source, folds=folds, progress=step.advance)
     found.save_pretrained(output)
+    took = duration(time.perf_counter() - start)
     run.say(
-        f"{count(found.fit.pairs)} pairs, layer {found.fit.layer}, {percent(found.fit.accuracy, 1)} of the pairs left "
-        f"out are ranked right, {duration(time.perf_counter() - start)}"
+        f"{count(found.fit.pairs)} pairs, layers {', '.join(map(str, found.fit.layers))}, "
+        f"{percent(found.fit.accuracy, 1)} of the pairs left out are ranked right, {took}"
     )
     run.say(f"the read-out is in {output}")
     next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CONFIG = ("llmdoctor.tfpo.config", "TFPOConfig")
 _OBJECTIVE = (
     "objective", "eta", "subtb_lambda", "reference_anchor", "terminal_anchor", "length_normalize", "value_coef",
-    "value_margin", "value_detach", "value_learning_rate",
+    "value_margin", "value_detach", "value_learning_rate", "leaf_coef", "leaf_beta", "branch_coef",
 )  # fmt: skip
 # The collator needs all columns.
 _NOT_OFFERED = ("remove_unused_columns",)
@@ -49,6 +49,9 @@ _Resume = Annotated[
     typer.Option("--resume/--restart", help="Go on from the last checkpoint, or throw the checkpoints away."),
 ]
 _DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.train", "DoctorOptions", panel="What is trained")]
+_Rounds = Annotated[
+    dict[str, Any], FieldsOf("llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds on its own answers")
+]
 _GradientAccumulationSteps = Annotated[
     int,
     typer.Option("--gradient-accumulation-steps", help="Batches that one step adds up.", rich_help_panel="Training"),
@@ -71,6 +74,7 @@ def train(
     resume: _Resume = True,
     doctor_options: _DoctorOptions,
     objective: Annotated[dict[str, Any], FieldsOf(*_CONFIG, panel="Objective", only=_OBJECTIVE)],
+    round_options: _Rounds,
     training: Annotated[dict[str, Any], FieldsOf(*_CONFIG, panel="Training", without=(*_OBJECTIVE, *_NOT_OFFERED))],
     gradient_accumulation_steps: _GradientAccumulationSteps = 1,
     max_steps: _MaxSteps = -1,
@@ -79,7 +83,7 @@ def train(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a doctor on token rewards (stage 2).
+    """Train a doctor on token rewards (stage 2), then in rounds on answers of its own.
 
     A run that was cut goes on from its last checkpoint when the same command is given again.
 
@@ -92,10 +96,12 @@ def train(
     if faces is not None and faces not in (made_with, made_with.partition("#")[0]):
         raise UserError(f"the rewards in {rewards} were made with the faces {made_with!r}, not {faces!r}")
     from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import DoctorOptions, train_doctor
 
-    options = DoctorOptions(**doctor_options)
+    options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
     model = load(run, base or store.manifest["patient"], dtype, device, trust_remote_code)
+    patient = load(run, store.manifest["patient"], dtype, device, trust_remote_code) if rounds.rounds else None
     config = _config(
         output_dir=str(output),
         disable_tqdm=True,
@@ -114,10 +120,13 @@ def train(
             store,
             config,
             options=options,
+            rounds=rounds,
+            patient=patient,
             dimension=dimension,
             resume=resume,
             callbacks=[run.progress.training_callback("training")],
             progress=run.progress.advance,
+            told=run.progress.told,
         )
     _summarise(run, store, output)
 

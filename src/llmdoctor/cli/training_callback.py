@@ -30,7 +30,9 @@ class ProgressCallback(TrainerCallback):
         self.progress.reach(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step further."""
+        """One step further; where something else was shown in between, the training is shown again."""
+        if self.progress.description != self.description:
+            self.progress.start(self.description, state.max_steps, "steps")
         self.progress.reach(state.global_step)
 
     def on_log(

@@ -1,28 +1,31 @@
 """Preferences read out of the patient's own states, linearly: a judge of answers that costs seconds to fit.
 
-    R(x, y) = mean over the tokens of y of  w · h_k(s_t)
+    R(x, y) = mean over the tokens of y of  Σ_k w_k · h_k(s_t)
 
-h_k is what the frozen patient's k-th layer says after the token, w has one weight a dimension. Pairs fit it in the
-Bradley-Terry model, P(y⁺ above y⁻) = σ(R(x, y⁺) − R(x, y⁻)), with a ridge on standardised states; layer and ridge are
-those with the lowest loss on pairs left out. A token's part of R is a dense token reward.
+h_k is what the frozen patient's k-th layer says after the token, w_k has one weight a dimension. Pairs fit each layer
+by itself in the Bradley-Terry model, P(y⁺ above y⁻) = σ(R(x, y⁺) − R(x, y⁻)), with a ridge on standardised states, the
+one with the lowest loss on pairs left out. The layers err in different ways, so their judgements, each divided by its
+spread over pairs left out, are added up, and the sum is scaled to be as sure as pairs left out allow. So R is in nats
+of the Bradley-Terry model; a token's part of it is a dense token reward.
 
 Sources: Bradley & Terry (1952); Alain & Bengio, "Understanding intermediate layers using linear classifier probes"
 (arXiv 1610.01644). That the patient's states judge as well as a reward model trained on the same pairs is measured in
 docs/research/2026-11-25-readout.md.
-Shapes: N pairs, L completion tokens, D hidden size, K layers (0 is the embeddings).
+Shapes: N pairs, L completion tokens, D hidden size, K layers read (0 is the embeddings).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.preferences import PreferencePair
@@ -31,18 +34,19 @@ from llmdoctor.files import atomic_folder, write_json
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import position_ids
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG_NAME = "readout.json"
 WEIGHTS_NAME = "readout.safetensors"
 BATCH_TOKENS = 8192
 """Tokens (padding included) read at once."""
 
-DEPTHS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
-"""Where layers are tried: in the middle and above, where meaning is and the next token is not yet all that counts."""
+DEPTHS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+"""Where layers are read: from where words have a meaning to where the next token is not yet all that counts."""
 
 RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)
 """Tried from the strongest on; relative to the mean square of a standardised state, so the width does not matter."""
 
+IdPair = tuple[list[int], list[int], list[int]]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -51,15 +55,15 @@ class ReadoutFit:
     """How a read-out came about.
 
     Attributes:
-        layer: k.
-        ridge: weight of |w|² in standardised coordinates.
+        layers: those that are read.
+        ridges: of each layer, the weight of |w_k|² in standardised coordinates.
         pairs: N.
         loss: Bradley-Terry loss in nats on pairs left out of the fit (log 2 knows nothing).
         accuracy: share of left-out pairs whose preferred answer scores higher.
     """
 
-    layer: int
-    ridge: float
+    layers: tuple[int, ...]
+    ridges: tuple[float, ...]
     pairs: int
     loss: float
     accuracy: float
@@ -70,7 +74,7 @@ class Readout:
 
     Args:
         patient: the model; it is only read.
-        weights: [D] w, float64.
+        weights: [K, D] of each layer, float64.
         fit: what it was fitted with.
     """
 
@@ -94,7 +98,7 @@ class Readout:
             UserError: an answer that does not fit into the patient's context.
         """
         rows = self.encoder.answered(prompts, texts, complete)
-        return [float(states[0] @ self.weights) for states in _pooled(self.patient, rows, [self.fit.layer])]
+        return [float((states * self.weights).sum()) for states in _pooled(self.patient, rows, self.fit.layers)]
 
     def token_rewards(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[Tensor]:
         """Each token's part of R: float64 tensors [L] that sum to the answer's score.
@@ -105,8 +109,11 @@ class Readout:
         """
         rows = list(zip(prompts, completions, strict=True))
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for places, states, mask in _read(self.patient, rows, [self.fit.layer]):
-            rewards = (states[0].double().cpu() @ self.weights) / mask.sum(-1, keepdim=True).cpu()
+        for places, states, mask in _read(self.patient, rows, self.fit.layers):
+            rewards = torch.zeros(mask.shape, dtype=torch.float64)
+            for layer, weights in zip(states, self.weights, strict=True):
+                rewards += layer.double().cpu() @ weights
+            rewards /= mask.sum(-1, keepdim=True).cpu()
             for place, row in zip(places, rewards, strict=True):
                 found[place] = row[: len(rows[place][1])].clone()
         return found
@@ -146,7 +153,9 @@ class Readout:
         stored, current = record["patient_fingerprint"], _relevant(patient.fingerprint)
         if stored != current:
             raise FingerprintMismatch(str(folder), stored, current, "Fit a read-out on this patient.")
-        return cls(patient, load_file(folder / WEIGHTS_NAME)["weights"], ReadoutFit(**record["fit"]))
+        fit = ReadoutFit(**record["fit"])
+        fit = replace(fit, layers=tuple(fit.layers), ridges=tuple(fit.ridges))
+        return cls(patient, load_file(folder / WEIGHTS_NAME)["weights"], fit)
 
 
 def fit_readout(
@@ -164,8 +173,8 @@ def fit_readout(
     Args:
         patient: the frozen model.
         pairs: at least two a fold.
-        layers: candidates for k, 0 … the number of layers; those at `DEPTHS` if None.
-        ridges: candidates for the ridge.
+        layers: which are read, 0 … the number of layers; those at `DEPTHS` if None.
+        ridges: candidates for each layer's ridge.
         folds: pairs are left out in so many parts, the i-th pair in part i mod `folds`.
         max_completion_length: answers are read so far; None reads all.
         progress: called with the number of pairs read.
@@ -174,12 +183,26 @@ def fit_readout(
         UserError: too few pairs, a layer that the patient does not have, or a pair that does not fit its context.
     """
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
-    rows: list[tuple[list[int], list[int]]] = []
+    rows: list[IdPair] = []
     for pair in pairs:
-        prompt = encoder.prompt_ids(pair.prompt)
-        for text, complete in ((pair.chosen, pair.chosen_complete), (pair.rejected, pair.rejected_complete)):
-            rows.append((prompt, encoder.completion(text, complete, max_completion_length).ids))
-    count = len(rows) // 2
+        sides = ((pair.chosen, pair.chosen_complete), (pair.rejected, pair.rejected_complete))
+        chosen, rejected = (encoder.completion(text, whole, max_completion_length).ids for text, whole in sides)
+        rows.append((encoder.prompt_ids(pair.prompt), chosen, rejected))
+    return fit_readout_to_ids(patient, rows, layers=layers, ridges=ridges, folds=folds, progress=progress)
+
+
+def fit_readout_to_ids(
+    patient: LoadedModel,
+    pairs: Sequence[IdPair],
+    *,
+    layers: Sequence[int] | None = None,
+    ridges: Sequence[float] = RIDGES,
+    folds: int = 5,
+    progress: Callable[[int], None] | None = None,
+) -> Readout:
+    """`fit_readout` for pairs in the patient's ids: prompt, preferred answer, other answer."""
+    rows = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
+    count = len(pairs)
     if folds < 2 or count < 2 * folds:
         raise UserError(f"a read-out with {folds} folds needs at least 2 folds and 2 pairs in each, got {count} pairs")
     depth = int(patient.model.config.get_text_config().num_hidden_layers)
@@ -187,21 +210,46 @@ def fit_readout(
     if not tried or not ridges or tried[0] < 0 or tried[-1] > depth:
         raise UserError(f"layers must lie in 0 … {depth} and ridges must not be empty, got {tried} and {list(ridges)}")
     pooled = _pooled(patient, rows, tried, progress)
-    best: tuple[float, float, int, float, Tensor] | None = None
-    for place, layer in enumerate(tried):
+    found: list[Tensor] = []
+    chosen: list[float] = []
+    together = torch.zeros(count, dtype=torch.float64)
+    for place in range(len(tried)):
         gaps = torch.stack([pooled[2 * i][place] - pooled[2 * i + 1][place] for i in range(count)])
         # Two layers with like states, or a dead dimension: no division by nothing.
         scale = gaps.square().mean(0).sqrt().clamp(min=1e-6 * float(gaps.abs().max().clamp(min=1e-30)))
-        features = gaps / scale / gaps.shape[1] ** 0.5
-        for ridge, margins in zip(ridges, left_out_margins(features, ridges, folds), strict=True):
-            loss = float(torch.nn.functional.softplus(-margins).mean())
-            accuracy = float((margins > 0).double().mean() + 0.5 * (margins == 0).double().mean())
-            if best is None or loss < best[0]:
-                weights = fit_bradley_terry(features, [ridge])[0] / scale / gaps.shape[1] ** 0.5
-                best = (loss, accuracy, layer, ridge, weights)
-    assert best is not None
-    loss, accuracy, layer, ridge, weights = best
-    return Readout(patient, weights, ReadoutFit(layer, ridge, count, loss, accuracy))
+        scale = scale * gaps.shape[1] ** 0.5
+        margins = left_out_margins(gaps / scale, ridges, folds)
+        best = min(range(len(ridges)), key=lambda index: float(softplus(-margins[index]).mean()))
+        spread = float(margins[best].square().mean().sqrt()) or 1.0
+        found.append(fit_bradley_terry(gaps / scale, [ridges[best]])[0] / scale / spread)
+        chosen.append(float(ridges[best]))
+        together += margins[best] / spread
+    sure = calibration(together)
+    margins_of_all = together * sure
+    accuracy = float((margins_of_all > 0).double().mean() + 0.5 * (margins_of_all == 0).double().mean())
+    loss = float(softplus(-margins_of_all).mean())
+    fit = ReadoutFit(tuple(tried), tuple(chosen), count, loss, accuracy)
+    return Readout(patient, torch.stack(found) * sure, fit)
+
+
+def calibration(margins: Tensor) -> float:
+    """a ≥ 0 with the lowest Σ_i log(1 + exp(−a · margin_i)); at most 100 over the margins' mean size.
+
+    Args:
+        margins: [N] float64.
+    """
+    size = float(margins.abs().mean())
+    if size == 0:
+        return 1.0
+    low, high = 0.0, 100 / size
+    # The slope grows with a, so its zero is found by halving; where no pair is told wrongly there is none.
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float((margins * torch.sigmoid(-middle * margins)).sum()) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def left_out_margins(gaps: Tensor, ridges: Sequence[float], folds: int) -> list[Tensor]:

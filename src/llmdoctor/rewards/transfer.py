@@ -114,6 +114,29 @@ def carry(
     return ids, shared
 
 
+def carry_onto(
+    ids: Sequence[int], terminal: bool, tokens: Sequence[str], values: Sequence[float], vocabulary: Vocabulary
+) -> list[float]:
+    """What the patient's tokens of a text have, on the tokens with which a doctor wrote it.
+
+    Args:
+        ids: the doctor's T tokens.
+        terminal: whether the last token of both is the end of turn.
+        tokens: the surface text of each of the patient's S tokens.
+        values: S numbers.
+        vocabulary: the doctor's.
+
+    Returns:
+        T numbers with the same sum.
+    """
+    texts = list(tokens[:-1] if terminal else tokens)
+    own = list(ids[:-1] if terminal else ids)
+    data = "".join(texts).encode()
+    source = list(accumulate(len(piece.encode()) for piece in texts))
+    shares = share_out(values[: len(texts)], source, _ends(own, data, vocabulary))
+    return [*shares, float(values[-1])] if terminal else shares
+
+
 def share_out(values: Sequence[float], source: Sequence[int], target: Sequence[float]) -> list[float]:
     """Split values of spans over other spans of the same stretch, in proportion to their overlap.
 

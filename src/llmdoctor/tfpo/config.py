@@ -80,6 +80,13 @@ class TFPOConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "β of the leaf loss, DPO's β: smaller lets the policy move farther before a pair is done."},
     )
+    branch_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "λ_branch, weight of the balance from one end of a pair to the other, asked exactly; 0 switches it "
+            "off. For rewards that say how much better one answer is, such as the read-out's."
+        },
+    )
     length_normalize: bool = field(
         default=True,
         metadata={"help": "Divide a response's balance loss by its length, so that long responses do not dominate."},
@@ -119,8 +126,10 @@ class TFPOConfig(TrainingArguments):
                 f"leaf_coef must not be negative and leaf_beta must be positive, got {self.leaf_coef} and "
                 f"{self.leaf_beta}"
             )
-        if self.objective == "none" and self.value_coef == 0 and self.leaf_coef == 0:
-            raise UserError("objective 'none' with value_coef and leaf_coef 0 leaves nothing to train")
+        if not 0 <= self.branch_coef < math.inf:
+            raise UserError(f"branch_coef must not be negative, got {self.branch_coef}")
+        if self.objective == "none" and self.value_coef == self.leaf_coef == self.branch_coef == 0:
+            raise UserError("objective 'none' with value_coef, leaf_coef and branch_coef 0 leaves nothing to train")
         if not 0 < self.value_learning_rate < math.inf:
             raise UserError(f"value_learning_rate must be positive, got {self.value_learning_rate}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:

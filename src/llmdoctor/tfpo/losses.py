@@ -132,6 +132,31 @@ def leaf_discrimination_loss(chosen_log_ratio: Tensor, rejected_log_ratio: Tenso
     return -F.logsigmoid(beta * (chosen_log_ratio.float() - rejected_log_ratio.float()))
 
 
+def branch_balance_loss(
+    log_ratios: Tensor, token_rewards: Tensor, completion_mask: Tensor, eta: float, *, length_normalize: bool = True
+) -> Tensor:
+    """(c − c′ − (R − R′)/η)², the balance of the sub-trajectory from one end of a pair to the other: [B].
+
+    c = Σ_t log π̂/π_ref and R = Σ_t r_t of a response. It leads through the prompt that both share, so it holds no V;
+    exact where both are complete, and where answers are cut at a length that is the same for all. On answers that the
+    policy drew itself its gradient is REINFORCE's with the other answer as the baseline (Kool et al. 2019), towards
+    π_ref · exp(R/η).
+
+    Args:
+        log_ratios, token_rewards: [2B, L] log π̂/π_ref and r_t; row i and row B + i answer the same prompt.
+        completion_mask: [2B, L] true on real tokens.
+        eta: reward temperature η.
+        length_normalize: divide by the mean length of the two.
+    """
+    mask = completion_mask.to(torch.bool)
+    open_balance = (log_ratios.float() - token_rewards.float() / eta).masked_fill(~mask, 0.0).sum(-1)
+    one, other = open_balance.view(2, -1)
+    loss = (one - other).square()
+    if not length_normalize:
+        return loss
+    return loss / mask.sum(-1).view(2, -1).float().mean(0).clamp(min=1.0)
+
+
 def squared_error_loss(
     per_token_logps: Tensor, ref_logps: Tensor, token_rewards: Tensor, completion_mask: Tensor, eta: float
 ) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,18 +14,27 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import digest, write_json
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel
-from llmdoctor.rewards.store import RewardStore
+from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.rewards.readout import CONFIG_NAME as READOUT_CONFIG
+from llmdoctor.rewards.readout import Readout, fit_readout_to_ids
+from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, TokenJudge
 from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
+
+Told = Callable[[str, int], None]
+
+READOUT_FOLDER = "readout"
+"""Within a doctor's folder: the judge of its rounds."""
 
 RECORDED = (
     "objective", "eta", "subtb_lambda", "reference_anchor", "terminal_anchor", "length_normalize", "value_coef",
-    "value_margin", "value_detach", "leaf_coef", "leaf_beta", "learning_rate", "value_learning_rate",
+    "value_margin", "value_detach", "leaf_coef", "leaf_beta", "branch_coef", "learning_rate", "value_learning_rate",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_prompt_length", "seed",
     "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
 )  # fmt: skip
@@ -68,12 +77,15 @@ def train_doctor(
     config: TFPOConfig,
     *,
     options: DoctorOptions | None = None,
+    rounds: RoundOptions | None = None,
+    patient: LoadedModel | None = None,
     dimension: str = "",
     resume: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    told: Told | None = None,
 ) -> Path:
-    """Train a doctor on `base` and write it to `config.output_dir`.
+    """Train a doctor on `base`, first on the pairs, then in rounds on its own answers; write it to `config.output_dir`.
 
     Checkpoints go to `output_dir/checkpoints`; a run that was cut goes on from the last whole one and ends with the
     same weights as an uninterrupted one.
@@ -84,10 +96,15 @@ def train_doctor(
             over to its tokens (`rewards.transfer`).
         config: training arguments; `output_dir` is the doctor's folder.
         options: what is trained; defaults if None.
+        rounds: what comes after the pairs; defaults if None.
+        patient: the model that gave the rewards, which judges the doctor's answers in rounds; loaded as the rewards'
+            manifest names it if None. Never `base` itself, which training changes.
         dimension: name of what the doctor is for; the faces' name if empty.
         resume: go on from a checkpoint if there is one; False starts anew.
         callbacks: more `TrainerCallback`s, for the progress of the training.
         progress: called with the number of pairs that the untrained model has just read, before the training.
+        told: called with what has just begun and the number of its units (pairs read for the read-out, answers drawn),
+            then with "" and the number of those just finished.
 
     Returns:
         The doctor's folder.
@@ -98,12 +115,12 @@ def train_doctor(
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
-    options = options or DoctorOptions()
+    options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     output = Path(config.output_dir)
     config = copy.copy(config)
     if output.resolve() == rewards.folder.resolve():
         raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
-    rewards = rewards_for(base, rewards)
+    given, rewards = rewards, rewards_for(base, rewards)
     doctor = Doctor.from_base(
         base,
         lora=lora_arguments(base.model, options) if options.lora else None,
@@ -115,7 +132,7 @@ def train_doctor(
         # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
         base.model.set_attn_implementation("eager")
     doctor.doctor_config.rewards_fingerprint = dict(rewards.fingerprint)
-    doctor.doctor_config.training = {**recorded(config), **vars(options)}
+    doctor.doctor_config.training = {**recorded(config), **vars(options), **vars(rounds)}
     train_set, eval_set = _split(rewards, options.eval_fraction)
     config.output_dir = str(output / "checkpoints")
     if eval_set is None:
@@ -123,6 +140,9 @@ def train_doctor(
     checkpoint = _claim_checkpoints(Path(config.output_dir), doctor.doctor_config, resume)
     trainer = TFPOTrainer(doctor, config, train_set, eval_set, progress=progress, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if rounds.rounds:
+        judge = ReadoutJudge(_readout(output, given, len(train_set), patient, told or _silent), base)
+        trainer = _train_rounds(trainer, config, rounds, judge, callbacks, told or _silent)
     doctor.doctor_config.metrics = {
         **_held_out_figures(trainer),
         "train_pairs": float(len(train_set)),
@@ -130,6 +150,72 @@ def train_doctor(
     }
     _write_into(output, doctor)
     return output
+
+
+def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
+    """The patient's read-out of the first `count` pairs, kept in the doctor's folder for `--best-of`."""
+    patient = patient or load_model(str(rewards.manifest["patient"]))
+    if patient.fingerprint.get("model") != rewards.fingerprint.get("model"):
+        raise UserError(
+            f"{patient.spec} is not the patient that gave the rewards in {rewards.folder} "
+            f"({rewards.manifest['patient']}); rounds need that one to judge answers"
+        )
+    folder = output / READOUT_FOLDER
+    if (folder / READOUT_CONFIG).is_file():
+        return Readout.from_pretrained(folder, patient)
+    encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
+    told("reading the pairs for the read-out", count)
+    readout = fit_readout_to_ids(
+        patient,
+        [
+            (encoder.prompt_ids(json.loads(row["prompt"])), row["chosen_ids"], row["rejected_ids"])
+            for row in rewards.rows(count)
+        ],
+        # Few pairs are left out in fewer parts.
+        folds=min(5, count // 2),
+        progress=lambda units: told("", units),
+    )
+    readout.save_pretrained(folder)
+    return readout
+
+
+def _train_rounds(
+    done: TFPOTrainer,
+    config: TFPOConfig,
+    rounds: RoundOptions,
+    judge: TokenJudge,
+    callbacks: Sequence[TrainerCallback],
+    told: Told,
+) -> TFPOTrainer:
+    rows = done.train_dataset
+    assert rows is not None
+    fits = [
+        config.max_prompt_length is None
+        or len(done.model.encoder.prompt_ids(json.loads(prompt))) <= config.max_prompt_length
+        for prompt in rows["prompt"]
+    ]
+    prompts = list(dict.fromkeys(prompt for prompt, keep in zip(rows["prompt"], fits, strict=True) if keep))
+    longest = max(len(ids) for side in SIDES for ids in rows[f"{side}_ids"])
+    config = copy.copy(config)
+    config.output_dir = str(Path(config.output_dir) / "rounds")
+    trainer = RoundsTrainer(
+        done.model,
+        config,
+        rounds,
+        prompts,
+        judge,
+        rounds.round_max_new_tokens or longest,
+        eval_dataset=done.eval_dataset,
+        told=told,
+        callbacks=list(callbacks),
+    )
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def _silent(what: str, units: int) -> None:
+    """Tells nobody."""
 
 
 def recorded(config: TFPOConfig) -> dict[str, Any]:

@@ -23,7 +23,13 @@ from llmdoctor.models.doctor import Doctor
 from llmdoctor.rewards.face_scorer import FaceScorer
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.flows import balance_potential, state_mask
-from llmdoctor.tfpo.losses import leaf_discrimination_loss, squared_error_loss, subtb_loss, value_discrimination_loss
+from llmdoctor.tfpo.losses import (
+    branch_balance_loss,
+    leaf_discrimination_loss,
+    squared_error_loss,
+    subtb_loss,
+    value_discrimination_loss,
+)
 
 Progress = Callable[[int], None]
 
@@ -85,7 +91,7 @@ class TFPOTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the balance loss, plus λ_value times the value loss, plus λ_leaf times the leaf loss."""
+        """Mean of the balance loss plus λ_value, λ_leaf and λ_branch times the value, leaf and branch losses."""
         logps, log_v = model(
             inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], inputs["prompt_width"]
         )
@@ -95,6 +101,8 @@ class TFPOTrainer(Trainer):
         rewards = _implicit_rewards(logps, inputs)
         leaf = leaf_discrimination_loss(rewards[:, 0], rewards[:, 1], args.leaf_beta).mean()
         loss = balance + args.value_coef * value + args.leaf_coef * leaf
+        if args.branch_coef:
+            loss = loss + args.branch_coef * self._branch_loss(logps, inputs, args).mean()
         margins = rewards.detach()
         if model.training:
             self._record(balance, value, leaf, margins)
@@ -119,6 +127,16 @@ class TFPOTrainer(Trainer):
         )
         loss = subtb_loss(potential, state_mask(mask), args.subtb_lambda)
         return loss / mask.sum(-1).clamp(min=1) if args.length_normalize else loss
+
+    @staticmethod
+    def _branch_loss(logps: Tensor, inputs: dict[str, Any], args: TFPOConfig) -> Tensor:
+        return branch_balance_loss(
+            logps - inputs["ref_logps"],
+            inputs["token_rewards"],
+            inputs["completion_mask"],
+            args.eta,
+            length_normalize=args.length_normalize,
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass; stops the training where it is no longer finite."""

@@ -1,0 +1,286 @@
+"""On-policy rounds: the doctor answers prompts itself, the patient's read-out rewards every token, TFPO goes on.
+
+On pairs a doctor learns from what the patient says; guiding, it writes other texts, and there it has learned nothing.
+So in each round it answers prompts by itself, two answers a prompt, and is trained on those. Nobody has labelled them:
+the rewards are the read-out's (`rewards.readout`), whose R is a Bradley-Terry reward in nats, so that zero loss means
+
+    π̂(y|x) ∝ π_ref(y|x) · exp(R(x, y) / η),        the optimum of RLHF with KL weight η.
+
+Sub-trajectory balance is exact on answers from anywhere (Madan et al. 2023, arXiv 2209.12782), so an answer may be a
+few steps older than the weights that it trains. Measured in docs/research/2026-11-25-rounds.md.
+Shapes: B prompts, 2B answers, L tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset as Rows
+from torch.utils.data import Dataset, SequentialSampler
+
+from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.errors import UserError
+from llmdoctor.files import atomic_path
+from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.vocab import Vocabulary
+from llmdoctor.rewards.readout import Readout
+from llmdoctor.rewards.store import SIDES
+from llmdoctor.rewards.transfer import carry_onto
+from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.trainer import TFPOTrainer, with_reference
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """What happens after the pairs.
+
+    Attributes:
+        rounds: how many times the doctor answers prompts itself and learns from that; 0 ends with the pairs.
+        round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
+        round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
+        round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
+        round_leaf_coef: λ_leaf, weight of DPO's loss on them, with the one that the read-out likes better as the
+            chosen one; with objective none and no other weight a round is one of online DPO (arXiv 2402.04792).
+        round_max_new_tokens: longest answer; 0 is as long as the longest response of the pairs.
+        round_batch_size: answers drawn together; changes nothing but speed, up to rounding.
+    """
+
+    rounds: int = 0
+    round_prompts: int = 300
+    round_eta: float = 0.15
+    round_branch_coef: float = 0.1
+    round_leaf_coef: float = 0.0
+    round_max_new_tokens: int = 0
+    round_batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 0), ("round_prompts", 1), ("round_max_new_tokens", 0), ("round_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.round_eta < math.inf:
+            raise UserError(f"round_eta must be positive and finite, got {self.round_eta}")
+        for name in ("round_branch_coef", "round_leaf_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class TokenJudge(Protocol):
+    """Whatever rewards the tokens of answers that nobody has labelled."""
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[list[int]], ended: Sequence[bool]
+    ) -> list[list[float]]:
+        """Rewards in nats of each token of each answer (ids of the doctor's) to each conversation."""
+
+
+class ReadoutJudge:
+    """A patient's read-out as the judge of a doctor's answers, whatever tokenizer that one has.
+
+    Args:
+        readout: of the patient.
+        base: the doctor's base.
+    """
+
+    def __init__(self, readout: Readout, base: LoadedModel) -> None:
+        self.readout = readout
+        self.encoder = ChatEncoder.for_model(base.model, base.tokenizer)
+        patient = readout.patient
+        same = patient.fingerprint["tokenizer"] == base.fingerprint["tokenizer"]
+        self.vocabulary = None if same else Vocabulary.of(self.encoder)
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[list[int]], ended: Sequence[bool]
+    ) -> list[list[float]]:
+        """See `TokenJudge`."""
+        reader = self.readout.encoder
+        read = list(answers)
+        if self.vocabulary is not None:
+            texts = [self.encoder.decode(ids[:-1] if end else ids) for ids, end in zip(answers, ended, strict=True)]
+            read = [reader.completion(text, end).ids for text, end in zip(texts, ended, strict=True)]
+        found = [
+            rewards.tolist()
+            for rewards in self.readout.token_rewards([reader.prompt_ids(messages) for messages in prompts], read)
+        ]
+        if self.vocabulary is None:
+            return found
+        return [
+            carry_onto(ids, end, reader.token_texts(own), rewards, self.vocabulary)
+            for ids, end, own, rewards in zip(answers, ended, read, found, strict=True)
+        ]
+
+
+class RoundsTrainer(TFPOTrainer):
+    """`TFPOTrainer` on the doctor's own answers, drawn anew at the start of every round.
+
+    A round's rows are kept in a file before the first step is taken on them, and a checkpoint is written after the last
+    one, so a run that was killed ends with the weights that it would have had.
+
+    Args:
+        model: a LoRA `Doctor`.
+        args: as for the pairs; what differs in rounds is set here.
+        options: how many rounds, and what is in them.
+        prompts: conversations as JSON, from which each round's are drawn.
+        judge: gives rewards.
+        max_new_tokens: longest answer.
+        eval_dataset: rows of pairs, with the reference's log-probs.
+        told: called with what begins and how many answers it draws, then with "" and the number of those just drawn.
+
+    Raises:
+        UserError: a doctor without a reference below it, or no prompts.
+    """
+
+    def __init__(
+        self,
+        model: Doctor,
+        args: TFPOConfig,
+        options: RoundOptions,
+        prompts: Sequence[str],
+        judge: TokenJudge,
+        max_new_tokens: int,
+        *,
+        eval_dataset: Any = None,
+        told: Callable[[str, int], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not model.doctor_config.lora:
+            raise UserError("rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from")
+        if not prompts:
+            raise UserError("rounds need prompts, and there are none")
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.steps_a_round = -(-min(options.round_prompts, len(prompts)) // batch)
+        self.prompts_a_round = self.steps_a_round * batch
+        args = copy.copy(args)
+        args.num_train_epochs, args.max_steps = 1.0, self.steps_a_round * options.rounds
+        args.eta, args.branch_coef = options.round_eta, options.round_branch_coef
+        args.leaf_coef, args.value_coef = options.round_leaf_coef, 0.0
+        args.eval_strategy, args.save_strategy, args.save_steps = "no", "steps", self.steps_a_round
+        super().__init__(model, args, None, **kwargs)
+        self.train_dataset = _Places(self.prompts_a_round * options.rounds)
+        self.eval_dataset = eval_dataset
+        self.options = options
+        self.prompts = list(prompts)
+        self.judge = judge
+        self.max_new_tokens = max_new_tokens
+        self.told = told
+        self._collate_rows: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = self._collate
+        self._open: tuple[int, list[dict[str, Any]]] | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """Places in their order: each round's rows are drawn in a random one."""
+        return SequentialSampler(self.train_dataset)
+
+    def _collate(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Places only: their rows may not be there before the step is taken."""
+        if isinstance(rows[0], int):
+            return {"places": torch.tensor(rows)}
+        batch: dict[str, Any] = self._collate_rows(rows)
+        return batch
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if "places" in inputs:
+            places: list[int] = inputs["places"].tolist()
+            rows = self.rows(places[0] // self.prompts_a_round)
+            inputs = self._collate_rows([rows[place % self.prompts_a_round] for place in places])
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        """The rows of a round, drawn by the doctor as it is now if they are not there yet."""
+        if self._open is None or self._open[0] != number:
+            path = Path(self.args.output_dir) / "rows" / f"{number:03d}.parquet"
+            with self.args.main_process_first(desc=f"round {number}"):
+                if not path.is_file():
+                    found = self._draw(number)
+                    with atomic_path(path) as partial:
+                        pq.write_table(found.data.table, partial)
+            self._open = number, pq.read_table(path).to_pylist()
+        return self._open[1]
+
+    def _draw(self, number: int) -> Any:
+        doctor: Doctor = self.accelerator.unwrap_model(self.model)
+        rng = random.Random(f"{self.args.seed} {number}")
+        chosen = rng.sample(self.prompts, len(self.prompts))
+        chosen = [chosen[place % len(chosen)] for place in range(self.prompts_a_round)]
+        conversations = [tuple(json.loads(prompt)) for prompt in chosen for _ in SIDES]
+        training = doctor.training
+        doctor.eval()
+        told = self.told
+        if told:
+            told(f"round {number + 1} of {self.options.rounds}: answers", len(conversations))
+        answers = draw_answers(
+            doctor,
+            conversations,
+            [rng.getrandbits(48) for _ in conversations],
+            self.max_new_tokens,
+            self.options.round_batch_size,
+            None if told is None else lambda drawn: told("", drawn),
+        )
+        rewards = self.judge(conversations, [ids for ids, _ in answers], [ended for _, ended in answers])
+        rows = []
+        for place, prompt in enumerate(chosen):
+            row: dict[str, Any] = {"prompt": prompt}
+            better_first = sorted((2 * place, 2 * place + 1), key=lambda index: -sum(rewards[index]))
+            for side, index in zip(SIDES, better_first, strict=True):
+                row[f"{side}_ids"], row[f"{side}_terminal"] = answers[index]
+                row[f"{side}_rewards"] = rewards[index]
+            rows.append(row)
+        found = with_reference(doctor, Rows.from_list(rows), self._collate_rows, self.args.per_device_eval_batch_size)
+        doctor.train(training)
+        self.log(
+            {
+                "round": float(number),
+                "round_reward": sum(map(sum, rewards)) / len(rewards),
+                "round_length": sum(map(len, rewards)) / len(rewards),
+            }
+        )
+        return found
+
+
+def draw_answers(
+    doctor: Doctor,
+    conversations: Sequence[tuple[Any, ...]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    told: Callable[[int], None] | None = None,
+) -> list[tuple[list[int], bool]]:
+    """An answer of the doctor alone to each conversation: its ids, and whether it ended by itself.
+
+    Drawn from a copy with the adapter merged, which is gone afterwards.
+
+    Raises:
+        UserError: a prompt that leaves no room in the context.
+    """
+    decoder = GuidedDecoder(copy.deepcopy(doctor).merged(), max_batch_size=batch_size)
+    requests = [
+        Request(messages, sampling=SamplingParams(max_new_tokens=max_new_tokens, seed=seed))
+        for messages, seed in zip(conversations, seeds, strict=True)
+    ]
+    done = decoder.generate(requests, on_done=None if told is None else lambda _, __: told(1))
+    return [(completion.token_ids, completion.finish_reason == "stop") for completion in done]
+
+
+class _Places(Dataset[int]):
+    """The numbers below `count`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> int:
+        return place

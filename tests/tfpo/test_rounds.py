@@ -1,0 +1,218 @@
+"""On-policy rounds: answers, rewards and weights of a real training, its target on a small model, and what survives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import (
+    OTHER_CORPUS,
+    acquire,
+    byte_level,
+    config,
+    fresh_doctor,
+    load,
+    naive_logps,
+    save_tiny,
+    shaken,
+    some_pairs,
+    tensors,
+)
+
+from llmdoctor.errors import UserError
+from llmdoctor.models.doctor import Doctor
+from llmdoctor.rewards.readout import Readout, fit_readout
+from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, draw_answers
+from llmdoctor.tfpo.train import READOUT_FOLDER, DoctorOptions, train_doctor
+
+OPTIONS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardStore:
+    return acquire(load(tiny_folder), some_pairs(14), tmp_path_factory.mktemp("rewards") / "store", theta=0.1)
+
+
+class Likes:
+    """A judge that gives a reward for every token of some, and remembers what it was asked."""
+
+    def __init__(self, liked: int, worth: float = 1.0) -> None:
+        self.liked, self.worth = liked, worth
+        self.asked: list[tuple[Any, list[int], bool]] = []
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[list[int]], ended: Sequence[bool]
+    ) -> list[list[float]]:
+        self.asked += zip(prompts, answers, ended, strict=True)
+        return [[self.worth * (token == self.liked) for token in ids] for ids in answers]
+
+
+def prompts_of(count: int) -> list[str]:
+    return [json.dumps([{"role": "user", "content": f"{number} cats"}]) for number in range(count)]
+
+
+def rounds_of(doctor: Doctor, folder: Path, judge: Any, options: RoundOptions = OPTIONS, **more: Any) -> RoundsTrainer:
+    settings = config(folder, per_device_train_batch_size=2, learning_rate=5e-3, **more)
+    return RoundsTrainer(doctor, settings, options, prompts_of(6), judge, 5)
+
+
+def test_rows_are_the_doctors_answers_with_the_judges_rewards(tiny_folder: Path, tmp_path: Path) -> None:
+    base = load(tiny_folder)
+    doctor = shaken(fresh_doctor(base))
+    judge = Likes(7)
+    trainer = rounds_of(doctor, tmp_path, judge)
+    rows = list(trainer.rows(0))
+    assert sorted(row["prompt"] for row in rows) == sorted(prompts_of(6))
+    told = [(json.dumps(list(messages)), ids, ended) for messages, ids, ended in judge.asked]
+    for place, row in enumerate(rows):
+        better_first = sorted(told[2 * place : 2 * place + 2], key=lambda answer: -answer[1].count(7))
+        for side, (prompt, ids, ended) in zip(("chosen", "rejected"), better_first, strict=True):
+            assert (row["prompt"], row[f"{side}_ids"], row[f"{side}_terminal"]) == (prompt, ids, ended)
+            assert row[f"{side}_rewards"] == [float(token == 7) for token in ids]
+            with doctor.as_reference():
+                messages = json.loads(prompt)
+                expected = naive_logps(doctor.lm, doctor.encoder.prompt_ids(messages), ids)
+            torch.testing.assert_close(torch.tensor(row[f"{side}_ref_logps"]).double(), expected, atol=1e-4, rtol=1e-4)
+    assert len(judge.asked) == 12
+    assert any(row["chosen_ids"] != row["rejected_ids"] for row in rows)
+
+
+def test_answers_are_drawn_from_the_doctor_and_not_from_its_base(tiny_folder: Path) -> None:
+    doctor = shaken(fresh_doctor(load(tiny_folder)))
+    before = tensors(doctor)
+    messages = ({"role": "user", "content": "Hi"},)
+    drawn = draw_answers(doctor, [messages] * 3000, list(range(3000)), 1, 512)
+    assert {name: tensor for name, tensor in before.items() if not torch.equal(tensor, tensors(doctor)[name])} == {}
+    prompt = doctor.encoder.prompt_ids(messages)
+    with torch.no_grad():
+        logits = doctor.lm(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+        with doctor.as_reference():
+            base = doctor.lm(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    counts = torch.bincount(torch.tensor([ids[0] for ids, _ in drawn]), minlength=len(logits)).double()
+
+    def chi_square(scores: torch.Tensor) -> float:
+        expected = 3000 * scores.softmax(-1)
+        return float(((counts - expected).square() / expected).sum())
+
+    # 300 tokens: 299 ± 24 where the draws are from it.
+    assert chi_square(logits) < 420 < chi_square(base)
+
+
+def test_training_comes_near_the_tilted_reference(tiny_folder: Path, tmp_path: Path) -> None:
+    """One token an answer: the target π_ref · exp(r/η) can be written down."""
+    doctor = fresh_doctor(load(tiny_folder))
+    prompt = doctor.encoder.prompt_ids(json.loads(prompts_of(1)[0]))
+    # A tilt that the model can say: its logits are linear in the last state, which is narrower than the vocabulary.
+    head = doctor.causal_lm.get_output_embeddings().weight.detach()
+    tilt = head @ torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
+    tilt = 1.5 * tilt / tilt.std()
+
+    def judge(prompts: Any, answers: Sequence[list[int]], ended: Any) -> list[list[float]]:
+        return [[0.25 * float(tilt[token]) for token in ids] for ids in answers]
+
+    def logps() -> torch.Tensor:
+        with torch.no_grad():
+            return doctor.eval().lm(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+
+    target = (logps() + tilt).log_softmax(-1)
+
+    def distance() -> float:
+        return float((target.exp() * (target - logps())).sum())
+
+    start = distance()
+    options = RoundOptions(rounds=10, round_prompts=256, round_eta=0.25, round_branch_coef=1.0)
+    settings = config(tmp_path, per_device_train_batch_size=32, learning_rate=1e-2)
+    RoundsTrainer(doctor, settings, options, prompts_of(1) * 256, judge, 1).train()
+    assert start > 0.5
+    assert distance() < 0.2 * start
+
+
+def test_a_killed_run_ends_with_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    whole = fresh_doctor(load(tiny_folder))
+    rounds_of(whole, tmp_path / "whole", Likes(7)).train()
+
+    class Dies(Likes):
+        def __call__(self, *args: Any) -> Any:
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().__call__(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        rounds_of(fresh_doctor(load(tiny_folder)), tmp_path / "cut", Dies(7)).train()
+    kept = [path.name for path in sorted((tmp_path / "cut").glob("checkpoint-*"))]
+    assert kept == ["checkpoint-3"], "a checkpoint stands at the end of each round"
+    doctor, judge = fresh_doctor(load(tiny_folder)), Likes(7)
+    trainer = rounds_of(doctor, tmp_path / "cut", judge)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert len(judge.asked) == 12, "the first round's answers were there"
+    expected, found = tensors(whole), tensors(doctor)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore
+) -> None:
+    heard: list[tuple[str, int]] = []
+
+    def train(name: str, rounds: RoundOptions, **more: Any) -> Path:
+        base, patient = load(tiny_folder), load(tiny_folder)
+        return train_doctor(
+            base,
+            store,
+            config(tmp_path / name, save_strategy="epoch"),
+            options=DoctorOptions(lora_rank=2, eval_fraction=0.15),
+            rounds=rounds,
+            patient=patient,
+            **more,
+        )
+
+    folder = train("rounds", OPTIONS, told=lambda what, units: heard.append((what, units)))
+    plain = train("plain", replace(OPTIONS, rounds=0))
+    assert not (plain / READOUT_FOLDER).exists()
+    recorded = json.loads((folder / "doctor.json").read_text())
+    assert recorded["training"]["rounds"] == 2
+    assert recorded["training"]["round_eta"] == 0.5
+    assert recorded["metrics"]["held_out_pairs"] == 2
+    weights = [Doctor.from_pretrained(path, base=load(tiny_folder)).state_dict() for path in (folder, plain)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora_" in name)
+    readout = Readout.from_pretrained(folder / READOUT_FOLDER, load(tiny_folder))
+    assert readout.fit.pairs == 12, "pairs held out are not read"
+    direct = fit_readout(load(tiny_folder), some_pairs(14)[:12])
+    torch.testing.assert_close(readout.weights, direct.weights, atol=1e-5, rtol=1e-4)
+    began = [what for what, _ in heard if what]
+    assert began == ["reading the pairs for the read-out", "round 1 of 2: answers", "round 2 of 2: answers"]
+    assert sum(units for what, units in heard if not what) == 12 + 2 * 16
+    assert train("rounds", OPTIONS) == folder, "a finished run is left as it is"
+    other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
+    with pytest.raises(UserError, match="is not the patient that gave the rewards"):
+        train_doctor(load(tiny_folder), store, config(tmp_path / "other"), rounds=OPTIONS, patient=other)
+
+
+def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    readout = fit_readout(load(tiny_folder), some_pairs(14))
+    base = load(save_tiny(tmp_path / "other", byte_level(300, OTHER_CORPUS)))
+    judge = ReadoutJudge(readout, base)
+    prompts = [({"role": "user", "content": "Hi"},)] * 3
+    texts, ended = ["the cat sat", "zebra é 7", ""], [False, True, True]
+    answers = [judge.encoder.completion(text, end).ids for text, end in zip(texts, ended, strict=True)]
+    expected = readout.score(prompts, texts, complete=ended)
+    for ids, rewards, score in zip(answers, judge(prompts, answers, ended), expected, strict=True):
+        assert len(rewards) == len(ids)
+        assert sum(rewards) == pytest.approx(score, abs=1e-4)
+
+
+def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
+    for name, value in (("rounds", -1), ("round_prompts", 0), ("round_eta", 0.0), ("round_branch_coef", -1.0)):
+        with pytest.raises(UserError, match=name):
+            RoundOptions(**{name: value})
+    with pytest.raises(UserError, match="rounds need a LoRA doctor"):
+        rounds_of(fresh_doctor(load(tiny_folder), lora=False), tmp_path, Likes(7))
+    with pytest.raises(UserError, match="rounds need prompts"):
+        RoundsTrainer(fresh_doctor(load(tiny_folder)), config(tmp_path), OPTIONS, [], Likes(7), 5)
