@@ -23,26 +23,29 @@ if TYPE_CHECKING:
     from llmdoctor.tfpo.config import TFPOConfig
     from llmdoctor.tfpo.rounds import RoundOptions
 
+_PAIRS: Mapping[str, Any] = {"rounds": {"rounds": 0}}
+
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "tfpo": {},
     "no_subtb": {"config": {"objective": "none"}},
-    "no_value": {"config": {"value_coef": 0.0}},
-    "no_leaf": {"config": {"leaf_coef": 0.0}},
-    "no_sparsity": {"rewards": {"theta": 0.0}},
+    "no_branch": {"rounds": {"round_branch_coef": 0.0}},
     "no_flow": {"config": {"objective": "squared_error"}, "rounds": {"round_branch_coef": 0.0}},
-    "no_rounds": {"rounds": {"rounds": 0}},
-    "online_dpo": {
-        "config": {"objective": "none", "value_coef": 0.0},
-        "rounds": {"round_branch_coef": 0.0, "round_leaf_coef": 30.0},
-    },
-    "no_anchor": {
+    "online_dpo": {"config": {"objective": "none"}, "rounds": {"round_branch_coef": 0.0, "round_leaf_coef": 30.0}},
+    "no_rounds": _PAIRS,
+    "pairs_no_subtb": {**_PAIRS, "config": {"objective": "none"}},
+    "pairs_no_value": {**_PAIRS, "config": {"value_coef": 0.0}},
+    "pairs_no_leaf": {**_PAIRS, "config": {"leaf_coef": 0.0}},
+    "pairs_no_flow": {**_PAIRS, "config": {"objective": "squared_error"}},
+    "pairs_no_sparsity": {**_PAIRS, "rewards": {"theta": 0.0}},
+    "pairs_no_anchor": {
+        **_PAIRS,
         "config": {"reference_anchor": False, "terminal_anchor": False, "leaf_coef": 0.0},
         "rewards": {"signed": False},
-        "rounds": {"rounds": 0},
     },
 }
-"""The doctor and what can be taken from it. `online_dpo` is DPO on the pairs, then in as many rounds on answers of its
-own, ranked by the same read-out; the last is the paper's objective as it is written."""
+"""The doctor and what can be taken from it. `online_dpo` is DPO in rounds on answers of its own, ranked by the same
+read-out; `no_rounds` learns from the pairs and their token rewards, and from it the parts of that objective are taken.
+The last is the paper's objective as it is written."""
 
 
 READOUT = "readout"
@@ -240,7 +243,8 @@ class Kit:
         from llmdoctor.tfpo.config import TFPOConfig
 
         return TFPOConfig(
-            output_dir=str(folder), seed=seed, num_train_epochs=self.options.epochs, disable_tqdm=True,
+            output_dir=str(folder), seed=seed, disable_tqdm=True,
+            num_train_epochs=self.options.epochs,
             eval_strategy="no", **ABLATIONS[kind].get("config", {}),
         )  # fmt: skip
 

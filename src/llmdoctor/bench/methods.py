@@ -158,7 +158,7 @@ CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416",
-                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("tfpo", "ratio"), trained=("tfpo",)),
+                  _grid("beta", 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),

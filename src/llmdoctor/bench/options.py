@@ -44,7 +44,7 @@ class BenchOptions:
         seeds: independent repetitions: each trains its own models and draws its own answers.
         max_new_tokens: longest answer.
         epochs: passes over the pairs, the same for every trained method.
-        rounds: how often LLMdoctor's doctors go on, after the pairs, on answers of their own.
+        rounds: of LLMdoctor's doctors on answers of their own; 0 trains them on the pairs, `epochs` times, instead.
         rollout_tokens: how far Transfer-Q* looks ahead.
         transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
         batch_size: answers decoded together; changes no answer, up to rounding.

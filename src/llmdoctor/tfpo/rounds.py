@@ -44,10 +44,11 @@ from llmdoctor.tfpo.trainer import TFPOTrainer, with_reference
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """What happens after the pairs.
+    """How a doctor learns from its own answers.
 
     Attributes:
-        rounds: how many times the doctor answers prompts itself and learns from that; 0 ends with the pairs.
+        rounds: how many times it answers prompts itself and learns from that; 0 learns from the pairs instead.
+        pairs_first: learn from the pairs before the rounds.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
         round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
@@ -57,10 +58,11 @@ class RoundOptions:
         round_batch_size: answers drawn together; changes nothing but speed, up to rounding.
     """
 
-    rounds: int = 0
+    rounds: int = 4
+    pairs_first: bool = False
     round_prompts: int = 300
-    round_eta: float = 0.15
-    round_branch_coef: float = 0.1
+    round_eta: float = 0.6
+    round_branch_coef: float = 1.0
     round_leaf_coef: float = 0.0
     round_max_new_tokens: int = 0
     round_batch_size: int = 128
@@ -134,7 +136,7 @@ class RoundsTrainer(TFPOTrainer):
         prompts: conversations as JSON, from which each round's are drawn.
         judge: gives rewards.
         max_new_tokens: longest answer.
-        eval_dataset: rows of pairs, with the reference's log-probs.
+        eval_dataset: rows of pairs.
         told: called with what begins and how many answers it draws, then with "" and the number of those just drawn.
 
     Raises:
@@ -166,9 +168,8 @@ class RoundsTrainer(TFPOTrainer):
         args.eta, args.branch_coef = options.round_eta, options.round_branch_coef
         args.leaf_coef, args.value_coef = options.round_leaf_coef, 0.0
         args.eval_strategy, args.save_strategy, args.save_steps = "no", "steps", self.steps_a_round
-        super().__init__(model, args, None, **kwargs)
+        super().__init__(model, args, None, eval_dataset, **kwargs)
         self.train_dataset = _Places(self.prompts_a_round * options.rounds)
-        self.eval_dataset = eval_dataset
         self.options = options
         self.prompts = list(prompts)
         self.judge = judge

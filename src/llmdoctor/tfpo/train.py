@@ -85,7 +85,7 @@ def train_doctor(
     progress: Progress | None = None,
     told: Told | None = None,
 ) -> Path:
-    """Train a doctor on `base`, first on the pairs, then in rounds on its own answers; write it to `config.output_dir`.
+    """Train a doctor on `base`, in rounds on its own answers or on the pairs, and write it to `config.output_dir`.
 
     Checkpoints go to `output_dir/checkpoints`; a run that was cut goes on from the last whole one and ends with the
     same weights as an uninterrupted one.
@@ -96,7 +96,7 @@ def train_doctor(
             over to its tokens (`rewards.transfer`).
         config: training arguments; `output_dir` is the doctor's folder.
         options: what is trained; defaults if None.
-        rounds: what comes after the pairs; defaults if None.
+        rounds: how the rounds go; defaults if None. Without rounds it learns from the pairs and their token rewards.
         patient: the model that gave the rewards, which judges the doctor's answers in rounds; loaded as the rewards'
             manifest names it if None. Never `base` itself, which training changes.
         dimension: name of what the doctor is for; the faces' name if empty.
@@ -138,11 +138,18 @@ def train_doctor(
     if eval_set is None:
         config.eval_strategy = "no"
     checkpoint = _claim_checkpoints(Path(config.output_dir), doctor.doctor_config, resume)
-    trainer = TFPOTrainer(doctor, config, train_set, eval_set, progress=progress, callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    callbacks = list(callbacks)
+    trainer: TFPOTrainer | None = None
+    if not rounds.rounds or rounds.pairs_first:
+        trainer = TFPOTrainer(doctor, config, train_set, eval_set, progress=progress, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if rounds.rounds:
-        judge = ReadoutJudge(_readout(output, given, len(train_set), patient, told or _silent), base)
-        trainer = _train_rounds(trainer, config, rounds, judge, callbacks, told or _silent)
+        told = told or _silent
+        judge = ReadoutJudge(_readout(output, given, len(train_set), patient, told), base)
+        trainer = _rounds_trainer(doctor, config, rounds, judge, train_set, eval_set, told, callbacks)
+        checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    assert trainer is not None
     doctor.doctor_config.metrics = {
         **_held_out_figures(trainer),
         "train_pairs": float(len(train_set)),
@@ -179,39 +186,29 @@ def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedMode
     return readout
 
 
-def _train_rounds(
-    done: TFPOTrainer,
+def _rounds_trainer(
+    doctor: Doctor,
     config: TFPOConfig,
     rounds: RoundOptions,
     judge: TokenJudge,
-    callbacks: Sequence[TrainerCallback],
+    train_set: Any,
+    eval_set: Any,
     told: Told,
-) -> TFPOTrainer:
-    rows = done.train_dataset
-    assert rows is not None
-    fits = [
-        config.max_prompt_length is None
-        or len(done.model.encoder.prompt_ids(json.loads(prompt))) <= config.max_prompt_length
-        for prompt in rows["prompt"]
+    callbacks: list[TrainerCallback],
+) -> RoundsTrainer:
+    most = config.max_prompt_length
+    prompts = [
+        prompt
+        for prompt in dict.fromkeys(train_set["prompt"])
+        if most is None or len(doctor.encoder.prompt_ids(json.loads(prompt))) <= most
     ]
-    prompts = list(dict.fromkeys(prompt for prompt, keep in zip(rows["prompt"], fits, strict=True) if keep))
-    longest = max(len(ids) for side in SIDES for ids in rows[f"{side}_ids"])
+    longest = max(len(ids) for side in SIDES for ids in train_set[f"{side}_ids"])
     config = copy.copy(config)
     config.output_dir = str(Path(config.output_dir) / "rounds")
-    trainer = RoundsTrainer(
-        done.model,
-        config,
-        rounds,
-        prompts,
-        judge,
-        rounds.round_max_new_tokens or longest,
-        eval_dataset=done.eval_dataset,
-        told=told,
-        callbacks=list(callbacks),
+    length = rounds.round_max_new_tokens or longest
+    return RoundsTrainer(
+        doctor, config, rounds, prompts, judge, length, eval_dataset=eval_set, told=told, callbacks=callbacks
     )
-    checkpoint = last_checkpoint(Path(config.output_dir))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return trainer
 
 
 def _silent(what: str, units: int) -> None:

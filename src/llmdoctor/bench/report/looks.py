@@ -103,13 +103,18 @@ _DRAWN: Mapping[str, Look] = {
     "mod": Look("MOD", "MOD of DPO policies", "2406.18853", "rose", "up", hollow=True, dash="dotted"),
     "whole": Look("whole", "LLMdoctor as it is", "", "teal", "circle", strong=True),
     "no_subtb": Look("no flow balance", "without sub-trajectory balance", "", "vermillion", "square"),
-    "no_value": Look("no value loss", "without the value loss", "", "blue", "up"),
-    "no_leaf": Look("no leaf loss", "without the leaf loss", "", "rose", "plus"),
-    "no_rounds": Look("no rounds", "without rounds on its own answers", "", "olive", "hexagon", dash="dashed"),
+    "no_branch": Look("no branch balance", "without balance between two answers", "", "blue", "up"),
     "online_dpo": Look("online DPO", "DPO in its place, rounds and read-out alike", "", "sky", "star", dash="dashed"),
-    "no_sparsity": Look("no sparsity", "without sparsity (θ = 0)", "", "gold", "diamond"),
+    "no_rounds": Look("pairs", "trained on the pairs, no rounds", "", "olive", "hexagon", strong=True),
+    "pairs_no_subtb": Look("pairs, no balance", "pairs, without sub-trajectory balance", "", "vermillion", "square"),
+    "pairs_no_value": Look("pairs, no value loss", "pairs, without the value loss", "", "blue", "up"),
+    "pairs_no_leaf": Look("pairs, no leaf loss", "pairs, without the leaf loss", "", "rose", "plus"),
+    "pairs_no_sparsity": Look("pairs, no sparsity", "pairs, without sparsity (θ = 0)", "", "gold", "diamond"),
+    "pairs_no_flow": Look("pairs, no flow", "pairs, without flow (squared error)", "", "purple", "down", dash="dashed"),
     "no_flow": Look("no flow", "without flow (squared error)", "", "purple", "down", dash="dashed"),
-    "no_anchor": Look("no anchor", "without anchors (as the paper writes it)", "", "brown", "cross", dash="dotted"),
+    "pairs_no_anchor": Look(
+        "pairs, no anchor", "pairs, without anchors (as the paper writes it)", "", "brown", "cross", dash="dotted"
+    ),
 }
 _ARXIV = "arXiv "
 
