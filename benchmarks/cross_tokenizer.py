@@ -39,6 +39,7 @@ from llmdoctor.rewards.acquire import ScoringOptions, acquire_rewards
 from llmdoctor.rewards.faces import face_pairs
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import DoctorOptions, train_doctor
 
 NAME = "positive"
@@ -55,7 +56,8 @@ def trained(base: str, rewards: RewardStore, folder: Path, epochs: int, dtype: s
     config = TFPOConfig(
         output_dir=str(folder), num_train_epochs=epochs, seed=0, disable_tqdm=True, use_cpu=True, report_to="none"
     )
-    return train_doctor(load_model(base, dtype=dtype), rewards, config, options=OPTIONS, dimension=NAME)
+    rounds = RoundOptions(rounds=0)
+    return train_doctor(load_model(base, dtype=dtype), rewards, config, options=OPTIONS, rounds=rounds, dimension=NAME)
 
 
 def answers(

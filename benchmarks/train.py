@@ -47,6 +47,7 @@ from llmdoctor.rewards.acquire import acquire_rewards
 from llmdoctor.rewards.faces import face_pairs
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import DoctorOptions, train_doctor
 
 TFPO, PRECOMPUTED, SHIPPED, DEFAULTS = "tfpo", "dpo precomputed", "dpo as shipped", "dpo all defaults"
@@ -80,7 +81,9 @@ def train_tfpo(
         disable_tqdm=True,
         use_cpu=base.model.device.type == "cpu",
     )
-    train_doctor(base, store, config, options=DoctorOptions(eval_fraction=0.0), callbacks=[times])
+    train_doctor(
+        base, store, config, options=DoctorOptions(eval_fraction=0.0), rounds=RoundOptions(rounds=0), callbacks=[times]
+    )
 
 
 def train_dpo(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
     from llmdoctor.rewards.faces import face_pairs
     from llmdoctor.tfpo.config import TFPOConfig
+    from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import train_doctor
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "RewardOptions": "rewards.acquire",
     "acquire_rewards": "rewards.acquire",
     "TFPOConfig": "tfpo.config",
+    "RoundOptions": "tfpo.rounds",
     "train_doctor": "tfpo.train",
     "Doctor": "models.doctor",
     "load_guide": "decoding.guides",
@@ -42,6 +44,7 @@ __all__ = [
     "GuidedDecoder",
     "Request",
     "RewardOptions",
+    "RoundOptions",
     "SamplingParams",
     "TFPOConfig",
     "acquire_rewards",

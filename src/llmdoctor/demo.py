@@ -147,6 +147,7 @@ def _draw(pairs: list[PreferencePair], options: DemoOptions) -> list[PreferenceP
 
 def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOptions) -> Path:
     from llmdoctor.tfpo.config import TFPOConfig
+    from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import train_doctor
 
     config = TFPOConfig(output_dir=str(folder), seed=options.seed, disable_tqdm=True)
@@ -155,6 +156,8 @@ def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOption
         load_model(PATIENT),
         rewards,
         config,
+        # A minute instead of several; the figures of docs/arena.md are those of rounds.
+        rounds=RoundOptions(rounds=0),
         dimension=DIMENSION,
         callbacks=[steps.training_callback("Stage 2 · training the doctor")],
         progress=steps.advance,

@@ -51,7 +51,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert made == 0
     trained = run(
         ["train", "--rewards", str(folder / "rewards"), "-o", str(folder / "doctor"), "--eval-fraction", "0.25",
-         "--num-train-epochs", "4", "--learning-rate", "0.05", *CPU]
+         "--rounds", "0", "--num-train-epochs", "4", "--learning-rate", "0.05", *CPU]
     )  # fmt: skip
     assert trained == 0
     return folder

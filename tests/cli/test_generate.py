@@ -208,8 +208,10 @@ def test_a_doctor_of_another_vocabulary(
     """Trained on the patient's rewards, it guides the patient; what translating it leaves out is said."""
     other, doctor = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS), seed=3), tmp_path / "doctor"
     trained = good("train", "--rewards", finished / "rewards", "--base", other, "-o", doctor, "--eval-fraction",
-                   "0.25", "--num-train-epochs", 2, *CPU)  # fmt: skip
+                   0, "--rounds", 2, "--pairs-first", "--num-train-epochs", 2, *CPU)  # fmt: skip
     assert "%|" not in trained.err, "a bar of another library's"
+    assert "reading the pairs for the read-out" in trained.err
+    assert "round 2 of 2: answers" in trained.err
     prompts = write_jsonl(tmp_path / "prompts.jsonl", ROWS)
     asked = ("--patient", tiny_folder, "--doctor", f"{doctor}=3", "--max-new-tokens", 6, *CPU)
     made = good("generate", "--prompts", prompts, "-o", tmp_path / "answers.jsonl", *asked)

@@ -48,8 +48,9 @@ def test_from_prompts_to_guided_answers(
     assert "comparing faces: 6 pairs in" in seen.err, "two pairs under three paraphrases"
     assert "polite#3" in page.read_text()
 
-    trained = good("train", "--rewards", rewards, "-o", doctor, "--eval-fraction", 0.34, "--num-train-epochs", 1,
-                   "--per-device-train-batch-size", 2, "--no-length-normalize", "--lora-rank", 2, *CPU)  # fmt: skip
+    trained = good("train", "--rewards", rewards, "-o", doctor, "--eval-fraction", 0.34, "--rounds", 0,
+                   "--num-train-epochs", 1, "--per-device-train-batch-size", 2, "--no-length-normalize",
+                   "--lora-rank", 2, *CPU)  # fmt: skip
     config = DoctorConfig.load(doctor)
     assert config.dimension == "polite#2"
     assert config.training["lora_rank"] == 2

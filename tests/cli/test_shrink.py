@@ -42,8 +42,8 @@ def test_a_doctor_on_a_shrunk_patient(
     assert again.out == done.out
     assert "distilling" not in again.err, "a finished run is not begun again"
 
-    good("train", "--rewards", finished / "rewards", "--base", small, "-o", doctor, "--eval-fraction", 0.25,
-         "--num-train-epochs", 1, *CPU)  # fmt: skip
+    good("train", "--rewards", finished / "rewards", "--base", small, "-o", doctor, "--eval-fraction", 0,
+         "--rounds", 1, *CPU)  # fmt: skip
     assert DoctorConfig.load(doctor).base == str(small)
     answer = good(
         "generate", "Hello", "--patient", tiny_folder, "--doctor", f"{doctor}=1.0", "--max-new-tokens", 4, *CPU

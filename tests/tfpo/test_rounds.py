@@ -214,5 +214,8 @@ def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
             RoundOptions(**{name: value})
     with pytest.raises(UserError, match="rounds need a LoRA doctor"):
         rounds_of(fresh_doctor(load(tiny_folder), lora=False), tmp_path, Likes(7))
+    few = acquire(load(tiny_folder), some_pairs(3), tmp_path / "few")
+    with pytest.raises(UserError, match="rounds need at least 4 pairs to fit a judge to, got 3; with rounds 0"):
+        train_doctor(load(tiny_folder), few, config(tmp_path / "d"), patient=load(tiny_folder))
     with pytest.raises(UserError, match="rounds need prompts"):
         RoundsTrainer(fresh_doctor(load(tiny_folder)), config(tmp_path), OPTIONS, [], Likes(7), 5)

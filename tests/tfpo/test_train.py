@@ -20,6 +20,7 @@ from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import DoctorOptions, last_checkpoint, train_doctor
 
 
@@ -28,6 +29,7 @@ def store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reward
     return acquire(load(tiny_folder), some_pairs(12), tmp_path_factory.mktemp("rewards") / "store", theta=0.1)
 
 
+PAIRS = RoundOptions(rounds=0)
 OPTIONS = DoctorOptions(lora_rank=2, eval_fraction=0.25)
 
 
@@ -38,7 +40,7 @@ def checkpointed(folder: Path, **options: Any) -> TFPOConfig:
 
 def test_train_doctor_writes_a_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     args = checkpointed(tmp_path / "doctor")
-    output = train_doctor(load(tiny_folder), store, args, options=OPTIONS)
+    output = train_doctor(load(tiny_folder), store, args, rounds=PAIRS, options=OPTIONS)
     assert output == tmp_path / "doctor"
     assert (args.output_dir, args.eval_strategy) == (str(output), "epoch"), "the caller's settings stay as they were"
     assert {path.name for path in output.iterdir()} == {
@@ -62,7 +64,7 @@ def test_train_doctor_writes_a_doctor(tiny_folder: Path, store: RewardStore, tmp
     assert len([name for name in tensors(doctor) if "lora_" in name]) == 14
     assert all("layers.1." in name for name in tensors(doctor) if "lora_" in name)
     before = {path: path.read_bytes() for path in output.glob("**/*.safetensors")}
-    train_doctor(load(tiny_folder), store, args, options=OPTIONS)
+    train_doctor(load(tiny_folder), store, args, rounds=PAIRS, options=OPTIONS)
     assert before == {path: path.read_bytes() for path in output.glob("**/*.safetensors")}, "a finished run stays"
     assert DoctorConfig.load(output) == stored
 
@@ -70,7 +72,7 @@ def test_train_doctor_writes_a_doctor(tiny_folder: Path, store: RewardStore, tmp
 def test_the_rewards_folder_is_no_place_for_the_doctor(tiny_folder: Path, store: RewardStore) -> None:
     before = sorted(store.folder.iterdir())
     with pytest.raises(UserError, match="holds the token rewards; give the doctor a folder of its own"):
-        train_doctor(load(tiny_folder), store, checkpointed(store.folder), options=OPTIONS)
+        train_doctor(load(tiny_folder), store, checkpointed(store.folder), rounds=PAIRS, options=OPTIONS)
     assert sorted(store.folder.iterdir()) == before
 
 
@@ -78,6 +80,7 @@ TRAIN_JOB = """
 from pathlib import Path
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import DoctorOptions, train_doctor
 from tiny import config
 def main(model, rewards, folder, lora):
@@ -87,7 +90,7 @@ def main(model, rewards, folder, lora):
     )
     base = load_model(model, dtype="float32", device="cpu")
     options = DoctorOptions(lora=lora == "True", lora_rank=2, eval_fraction=0.25)
-    train_doctor(base, RewardStore.open(rewards), settings, options=options)
+    train_doctor(base, RewardStore.open(rewards), settings, rounds=RoundOptions(rounds=0), options=options)
 """
 
 
@@ -113,7 +116,9 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 def test_a_resumed_run_starts_at_the_last_whole_checkpoint(
     tiny_folder: Path, store: RewardStore, tmp_path: Path
 ) -> None:
-    output = train_doctor(load(tiny_folder), store, checkpointed(tmp_path / "d", save_total_limit=5), options=OPTIONS)
+    output = train_doctor(
+        load(tiny_folder), store, checkpointed(tmp_path / "d", save_total_limit=5), rounds=PAIRS, options=OPTIONS
+    )
     checkpoints = output / "checkpoints"
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-18"
     state = checkpoints / "checkpoint-18" / "trainer_state.json"
@@ -138,7 +143,7 @@ def test_a_resumed_run_starts_at_the_last_whole_checkpoint(
 def test_other_settings_beside_checkpoints_are_refused(
     tiny_folder: Path, store: RewardStore, tmp_path: Path, key: str, change: dict[str, Any]
 ) -> None:
-    train_doctor(load(tiny_folder), store, checkpointed(tmp_path / "d", max_steps=2), options=OPTIONS)
+    train_doctor(load(tiny_folder), store, checkpointed(tmp_path / "d", max_steps=2), rounds=PAIRS, options=OPTIONS)
     options = change.get("options", OPTIONS)
     args = checkpointed(tmp_path / "d", max_steps=2, **{k: v for k, v in change.items() if k != "options"})
     rewards = store
@@ -150,8 +155,8 @@ def test_other_settings_beside_checkpoints_are_refused(
         return replace(loaded, fingerprint={**loaded.fingerprint, "model": "another"}) if key == "base" else loaded
 
     with pytest.raises(FingerprintMismatch, match=rf"\({key}: stored \w{{16}}, now \w{{16}}\)\. Start anew"):
-        train_doctor(base(), rewards, args, options=options)
-    train_doctor(base(), rewards, args, options=options, resume=False)
+        train_doctor(base(), rewards, args, rounds=PAIRS, options=options)
+    train_doctor(base(), rewards, args, rounds=PAIRS, options=options, resume=False)
     assert DoctorConfig.load(tmp_path / "d").training["eta"] == change.get("eta", 0.5)
 
 
@@ -159,14 +164,18 @@ def test_a_doctor_can_be_trained_without_holding_pairs_out(
     tiny_folder: Path, store: RewardStore, tmp_path: Path
 ) -> None:
     options = replace(OPTIONS, eval_fraction=0.0)
-    output = train_doctor(load(tiny_folder), store, checkpointed(tmp_path / "d", max_steps=2), options=options)
+    output = train_doctor(
+        load(tiny_folder), store, checkpointed(tmp_path / "d", max_steps=2), rounds=PAIRS, options=options
+    )
     assert DoctorConfig.load(output).metrics == {"train_pairs": 12.0, "held_out_pairs": 0.0}
 
 
 def test_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     """It learns from its own tokens, guides the patient, and is not confused with a doctor of the patient's tokens."""
     other = save_tiny(tmp_path / "other", byte_level(320, OTHER_CORPUS, begin="<|begin|>"), seed=7)
-    output = train_doctor(load(other), store, checkpointed(tmp_path / "doctor", max_steps=6), options=OPTIONS)
+    output = train_doctor(
+        load(other), store, checkpointed(tmp_path / "doctor", max_steps=6), rounds=PAIRS, options=OPTIONS
+    )
     stored = DoctorConfig.load(output)
     assert {key: stored.rewards_fingerprint[key] for key in store.fingerprint} == store.fingerprint
     assert stored.base_fingerprint["tokenizer"] != store.fingerprint["tokenizer"]
@@ -179,27 +188,31 @@ def test_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_
     guided, alone = decoder.generate([request, replace(request, betas={})])
     assert guided.logps != pytest.approx(alone.logps, abs=1e-3)
     with pytest.raises(FingerprintMismatch):
-        train_doctor(load(tiny_folder), store, checkpointed(output, max_steps=6), options=OPTIONS)
+        train_doctor(load(tiny_folder), store, checkpointed(output, max_steps=6), rounds=PAIRS, options=OPTIONS)
 
 
 def test_tokens_that_are_no_bytes_are_refused(store: RewardStore, tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     with pytest.raises(UserError, match="cannot be read as bytes"):
-        train_doctor(load(save_tiny(tmp_path / "other", tokenizer)), store, config(tmp_path / "d"), options=OPTIONS)
+        train_doctor(
+            load(save_tiny(tmp_path / "other", tokenizer)), store, config(tmp_path / "d"), rounds=PAIRS, options=OPTIONS
+        )
     assert not (tmp_path / "d").exists()
 
 
 def test_too_few_pairs(tiny_folder: Path, tmp_path: Path) -> None:
     store = acquire(load(tiny_folder), some_pairs(1), tmp_path / "rewards")
     with pytest.raises(UserError, match=r"1 pairs leave none to train on with eval_fraction 0\.9"):
-        train_doctor(load(tiny_folder), store, config(tmp_path / "d"), options=DoctorOptions(eval_fraction=0.9))
+        train_doctor(
+            load(tiny_folder), store, config(tmp_path / "d"), rounds=PAIRS, options=DoctorOptions(eval_fraction=0.9)
+        )
 
 
 def test_whole_model_training(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     """All weights move, and the folder stands without its base."""
     args = checkpointed(tmp_path / "d", max_steps=3)
-    output = train_doctor(load(tiny_folder), store, args, options=replace(OPTIONS, lora=False))
+    output = train_doctor(load(tiny_folder), store, args, rounds=PAIRS, options=replace(OPTIONS, lora=False))
     before, after = tensors(load(tiny_folder).model), tensors(Doctor.from_pretrained(output, dtype="float32").lm)
     assert before.keys() == after.keys()
     same = [name for name in before if before[name].equal(after[name])]

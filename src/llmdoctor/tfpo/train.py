@@ -161,6 +161,8 @@ def train_doctor(
 
 def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
     """The patient's read-out of the first `count` pairs, kept in the doctor's folder for `--best-of`."""
+    if count < 4:
+        raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
     patient = patient or load_model(str(rewards.manifest["patient"]))
     if patient.fingerprint.get("model") != rewards.fingerprint.get("model"):
         raise UserError(
