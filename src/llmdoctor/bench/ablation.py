@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS
-from llmdoctor.bench.methods import DOCTOR, Contender, guided
+from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, Contender, guided
 
 BETAS = (1.0, 2.0)
 
@@ -30,9 +30,10 @@ class AblationRow(TypedDict):
 def make_ablation(arena: Arena) -> list[AblationRow]:
     """Train and decode what is missing, write `ablation.json`; returns its rows."""
     settings = tuple({"beta": beta} for beta in BETAS)
+    # Their answers are the main comparison's.
+    there = {"tfpo": DOCTOR, "no_rounds": DOCTOR_OF_PAIRS}
     variants = {
-        # The whole doctor's answers are the main comparison's.
-        kind: Contender(DOCTOR if kind == "tfpo" else kind, kind, "", settings, guided(kind, "ratio"), trained=(kind,))
+        kind: Contender(there.get(kind, kind), kind, "", settings, guided(kind, "ratio"), trained=(kind,))
         for kind in ABLATIONS
     }
     arena.decode(list(variants.values()))

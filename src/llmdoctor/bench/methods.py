@@ -15,6 +15,7 @@ Setting = Mapping[str, float]
 Build = Callable[[Kit, int, Setting], "Built"]
 
 DOCTOR = "llmdoctor"
+DOCTOR_OF_PAIRS = "llmdoctor_pairs"
 PATIENT = "patient"
 BEST_OF_N = "best_of_n"
 SAMPLES = 8
@@ -159,6 +160,8 @@ CONTENDERS: Mapping[str, Contender] = {
     for contender in (
         Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416",
                   _grid("beta", 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",)),
+        Contender(DOCTOR_OF_PAIRS, "LLMdoctor, trained on the pairs", "this project; arXiv 2601.10416",
+                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),

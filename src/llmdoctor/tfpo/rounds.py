@@ -140,7 +140,7 @@ class RoundsTrainer(TFPOTrainer):
         told: called with what begins and how many answers it draws, then with "" and the number of those just drawn.
 
     Raises:
-        UserError: a doctor without a reference below it, or no prompts.
+        UserError: a doctor without a reference below it, or no prompts; while training, if no prompt was answered.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class RoundsTrainer(TFPOTrainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.steps_a_round = -(-min(options.round_prompts, len(prompts)) // batch)
         self.prompts_a_round = self.steps_a_round * batch
-        args = copy.copy(args)
-        args.num_train_epochs, args.max_steps = 1.0, self.steps_a_round * options.rounds
+        args, steps = copy.copy(args), self.steps_a_round * options.rounds
+        args.num_train_epochs, args.max_steps = 1.0, min(args.max_steps, steps) if args.max_steps > 0 else steps
         args.eta, args.branch_coef = options.round_eta, options.round_branch_coef
         args.leaf_coef, args.value_coef = options.round_leaf_coef, 0.0
         args.eval_strategy, args.save_strategy, args.save_steps = "no", "steps", self.steps_a_round
@@ -230,14 +230,21 @@ class RoundsTrainer(TFPOTrainer):
             None if told is None else lambda drawn: told("", drawn),
         )
         rewards = self.judge(conversations, [ids for ids, _ in answers], [ended for _, ended in answers])
-        rows = []
+        rows: list[dict[str, Any]] = []
         for place, prompt in enumerate(chosen):
             row: dict[str, Any] = {"prompt": prompt}
             better_first = sorted((2 * place, 2 * place + 1), key=lambda index: -sum(rewards[index]))
             for side, index in zip(SIDES, better_first, strict=True):
                 row[f"{side}_ids"], row[f"{side}_terminal"] = answers[index]
                 row[f"{side}_rewards"] = rewards[index]
-            rows.append(row)
+            if row["chosen_ids"] and row["rejected_ids"]:
+                rows.append(row)
+        if not rows:
+            raise UserError(
+                f"round {number + 1}: the doctor answered none of {len(chosen)} prompts; are they too long?"
+            )
+        # Where a context was full before a word was said, others stand in.
+        rows = [rows[place % len(rows)] for place in range(self.prompts_a_round)]
         found = with_reference(doctor, Rows.from_list(rows), self._collate_rows, self.args.per_device_eval_batch_size)
         doctor.train(training)
         self.log(

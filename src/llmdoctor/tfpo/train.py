@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, TokenJudge
 from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
+
+_log = logging.getLogger(__name__)
 
 Told = Callable[[str, int], None]
 
@@ -185,6 +188,12 @@ def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedMode
         progress=lambda units: told("", units),
     )
     readout.save_pretrained(folder)
+    if readout.fit.accuracy < 0.55:
+        _log.warning(
+            "On pairs left out the read-out prefers the right answer in %.0f %% of the cases only: the doctor learns "
+            "little from it. More pairs may help, or rounds 0.",
+            100 * readout.fit.accuracy,
+        )
     return readout
 
 
