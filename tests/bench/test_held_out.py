@@ -15,10 +15,12 @@ from llmdoctor.baselines.implicit import implicit_rewards
 from llmdoctor.bench.ablation import BETAS, AblationRow, make_ablation
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.held_out import GUIDES, DynamicsRow, HumanRow, _unseen, make_dynamics, make_human
-from llmdoctor.bench.kit import ABLATIONS
+from llmdoctor.bench.kit import ABLATIONS, READOUT
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR
-from llmdoctor.data.preferences import write_pairs
+from llmdoctor.data.preferences import load_preferences, write_pairs
 from llmdoctor.errors import FingerprintMismatch
+from llmdoctor.models.loading import load_model
+from llmdoctor.rewards.readout import fit_readout
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +83,23 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
     sources = (str(bench_sources / "b.jsonl"), str(tmp_path / "held-out.jsonl"))
     rows = make_human(arena, *sources, "harmless", 8)
     assert rows == json.loads((arena.output / "human.json").read_text())
-    assert [row["method"] for row in rows] == list(GUIDES)
+    assert [row["method"] for row in rows] == [*GUIDES, READOUT]
+    judge = fit_readout(load_model(str(tiny_folder)), load_preferences(sources[0]))
     for row in rows:
         assert set(row) == set(get_type_hints(HumanRow))
         assert (row["pairs"], row["train_pairs"], row["seeds"]) == (8, 12, 1)
-        folder = arena.output / "models/human/seed0" / GUIDES[row["method"]]
-        totals = [reward.totals for reward in implicit_rewards(folder, held_out[:8])]
+        if row["method"] == READOUT:
+            totals = [
+                tuple(
+                    judge.score(
+                        [p.prompt] * 2, [p.chosen, p.rejected], complete=[p.chosen_complete, p.rejected_complete]
+                    )
+                )
+                for p in held_out[:8]
+            ]
+        else:
+            folder = arena.output / "models/human/seed0" / GUIDES[row["method"]]
+            totals = [reward.totals for reward in implicit_rewards(folder, held_out[:8])]
         right = [100.0 * (chosen > rejected) + 50.0 * (chosen == rejected) for chosen, rejected in totals]
         assert row["accuracy"] == pytest.approx(sum(right) / len(right))
         assert row["low"] <= row["accuracy"] <= row["high"]

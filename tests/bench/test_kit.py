@@ -88,6 +88,8 @@ def test_an_ablation_is_trained_without_its_part_and_found_again(
     tiny_folder: Path, bench_sources: Path, models: Path, kind: str
 ) -> None:
     """Exactly what `ABLATIONS` names differs from the whole doctor: settings of training, or of the rewards."""
+    # One of them is a contender, too, and may have been trained as such.
+    shutil.rmtree(models / "a" / "seed0" / kind, ignore_errors=True)
     kit, told = kit_of(tiny_folder, bench_sources, models)
     made = DoctorConfig.load(kit.trained(kind, 0))
     whole = DoctorConfig.load(models / "a" / "seed0" / "tfpo")

@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import Kit
+from llmdoctor.bench.kit import READOUT, Kit
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
@@ -17,7 +17,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
-GUIDES = {"llmdoctor": "tfpo", "genarm": "genarm", "dpo": "dpo"}
+GUIDES = {"llmdoctor": "tfpo", "llmdoctor_pairs": "no_rounds", "genarm": "genarm", "dpo": "dpo"}
 HUMAN_BUDGET = 512
 """Tokens of a response that are read, as in stage 1."""
 
@@ -36,7 +36,7 @@ class DynamicsRow(TypedDict):
 
 
 class HumanRow(TypedDict):
-    """One row of `human.json`: percent of held-out pairs whose chosen response the guide prefers."""
+    """One row of `human.json`: percent of held-out pairs whose chosen response the guide, or the read-out, prefers."""
 
     method: str
     accuracy: float
@@ -110,7 +110,9 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
         for seed in arena.seeds:
             for place, reward in enumerate(implicit_rewards(kit.trained(kind, seed), pairs)):
                 chosen, rejected = reward.totals
-                right[method][place].append(100.0 if chosen > rejected else 50.0 if chosen == rejected else 0.0)
+                right[method][place].append(_share(chosen, rejected))
+    # No guide, but what judges LLMdoctor's rounds; the same for every seed.
+    right[READOUT] = [[_share(*scores)] for scores in _judged(kit, pairs)]
     rows: list[HumanRow] = []
     for method, values in right.items():
         accuracy = cluster_bootstrap_ci(values)
@@ -133,6 +135,18 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
     sources = {"train": pairs_record(train, kit.pairs()), "validation": pairs_record(validation, pairs)}
     arena.write("human.json", rows, guides_record(arena.options, [task], list(arena.seeds)) | sources)
     return rows
+
+
+def _share(chosen: float, rejected: float) -> float:
+    return 100.0 if chosen > rejected else 50.0 if chosen == rejected else 0.0
+
+
+def _judged(kit: Kit, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
+    """What the patient's read-out of the training pairs makes of both answers of each pair."""
+    readout, prompts = kit.readout(), [pair.prompt for pair in pairs]
+    chosen = readout.score(prompts, [pair.chosen for pair in pairs], complete=[p.chosen_complete for p in pairs])
+    rejected = readout.score(prompts, [pair.rejected for pair in pairs], complete=[p.rejected_complete for p in pairs])
+    return list(zip(chosen, rejected, strict=True))
 
 
 def _unseen(kit: Kit, most: int = 200) -> list[PreferencePair]:

@@ -92,6 +92,7 @@ _DRAWN: Mapping[str, Look] = {
     "contrastive": Look("contrastive search", "", "", "grey", "cross"),
     "best_of_n": Look("best-of-n", "", "", "gold", "down"),
     "readout_best": Look("best-of-n by read-out", "", "", "gold", "down", hollow=True, dash="dashed"),
+    "readout": Look("read-out", "read-out of the patient's states (no guide)", "", "gold", "down", hollow=True),
     "args": Look("ARGS, greedy", "", "", "sky", "plus"),
     "args_stochastic": Look("ARGS, stochastic", "", "", "sky", "star", dash="dashed"),
     "cards": Look("CARDS", "", "", "brown", "hexagon"),
