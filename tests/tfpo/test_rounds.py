@@ -187,8 +187,13 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
     direct = fit_readout(load(tiny_folder), some_pairs(14)[:12])
     torch.testing.assert_close(readout.weights, direct.weights, atol=1e-5, rtol=1e-4)
     began = [what for what, _ in heard if what]
-    assert began == ["reading the pairs for the read-out", "round 1 of 2: answers", "round 2 of 2: answers"]
-    assert sum(units for what, units in heard if not what) == 12 + 2 * 16
+    assert began == [
+        "reading the pairs for the read-out",
+        "reading the pairs held out",
+        "round 1 of 2: answers",
+        "round 2 of 2: answers",
+    ]
+    assert sum(units for what, units in heard if not what) == 12 + 2 + 2 * 16
     assert train("rounds", OPTIONS) == folder, "a finished run is left as it is"
     other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
     with pytest.raises(UserError, match="is not the patient that gave the rewards"):

@@ -113,7 +113,8 @@ def train(
         **training,
     )
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
-    run.progress.start("reading the pairs before training", len(store), "pairs")
+    if not rounds.rounds or rounds.pairs_first:
+        run.progress.start("reading the pairs before training", len(store), "pairs")
     with quiet_training(run.verbose):
         train_doctor(
             model,

@@ -217,9 +217,12 @@ def _rounds_trainer(
     config = copy.copy(config)
     config.output_dir = str(Path(config.output_dir) / "rounds")
     length = rounds.round_max_new_tokens or longest
+    if eval_set is not None:
+        told("reading the pairs held out", len(eval_set))
     return RoundsTrainer(
-        doctor, config, rounds, prompts, judge, length, eval_dataset=eval_set, told=told, callbacks=callbacks
-    )
+        doctor, config, rounds, prompts, judge, length, eval_dataset=eval_set, told=told, callbacks=callbacks,
+        progress=lambda units: told("", units),
+    )  # fmt: skip
 
 
 def _silent(what: str, units: int) -> None:
