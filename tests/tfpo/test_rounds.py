@@ -195,6 +195,13 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
     ]
     assert sum(units for what, units in heard if not what) == 12 + 2 + 2 * 16
     assert train("rounds", OPTIONS) == folder, "a finished run is left as it is"
+    other_pairs = acquire(load(tiny_folder), some_pairs(14, seed=5), tmp_path / "other-rewards", theta=0.1)
+    train_doctor(
+        load(tiny_folder), other_pairs, config(tmp_path / "rounds", save_strategy="epoch"), rounds=OPTIONS,
+        options=DoctorOptions(lora_rank=2, eval_fraction=0.15), patient=load(tiny_folder), resume=False,
+    )  # fmt: skip
+    anew = Readout.from_pretrained(folder / READOUT_FOLDER, load(tiny_folder))
+    assert not torch.allclose(anew.weights, readout.weights), "begun anew, the judge is fitted anew"
     other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
     with pytest.raises(UserError, match="is not the patient that gave the rewards"):
         train_doctor(load(tiny_folder), store, config(tmp_path / "other"), rounds=OPTIONS, patient=other)
@@ -219,6 +226,9 @@ def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
             RoundOptions(**{name: value})
     with pytest.raises(UserError, match="rounds need a LoRA doctor"):
         rounds_of(fresh_doctor(load(tiny_folder), lora=False), tmp_path, Likes(7))
+    whole = DoctorOptions(lora=False)
+    with pytest.raises(UserError, match=r"rounds need a LoRA doctor.*with rounds 0 all weights"):
+        train_doctor(load(tiny_folder), RewardStore(tmp_path, {}), config(tmp_path / "d"), options=whole)
     few = acquire(load(tiny_folder), some_pairs(3), tmp_path / "few")
     with pytest.raises(UserError, match="rounds need at least 4 pairs to fit a judge to, got 3; with rounds 0"):
         train_doctor(load(tiny_folder), few, config(tmp_path / "d"), patient=load(tiny_folder))

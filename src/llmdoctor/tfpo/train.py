@@ -121,6 +121,11 @@ def train_doctor(
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     output = Path(config.output_dir)
     config = copy.copy(config)
+    if rounds.rounds and not options.lora:
+        raise UserError(
+            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
+            "are trained on the pairs"
+        )
     if output.resolve() == rewards.folder.resolve():
         raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
     given, rewards = rewards, rewards_for(base, rewards)
@@ -148,10 +153,12 @@ def train_doctor(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if rounds.rounds:
         told = told or _silent
-        judge = ReadoutJudge(_readout(output, given, len(train_set), patient, told), base)
+        readout = _readout(Path(config.output_dir), given, len(train_set), patient, told)
+        judge = ReadoutJudge(readout, base)
         trainer = _rounds_trainer(doctor, config, rounds, judge, train_set, eval_set, told, callbacks)
         checkpoint = last_checkpoint(Path(trainer.args.output_dir))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        readout.save_pretrained(output / READOUT_FOLDER)
     assert trainer is not None
     doctor.doctor_config.metrics = {
         **_held_out_figures(trainer),
@@ -162,8 +169,8 @@ def train_doctor(
     return output
 
 
-def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
-    """The patient's read-out of the first `count` pairs, kept in the doctor's folder for `--best-of`."""
+def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
+    """The patient's read-out of the first `count` pairs, kept among the checkpoints, which belong to these rewards."""
     if count < 4:
         raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
     patient = patient or load_model(str(rewards.manifest["patient"]))
@@ -172,7 +179,7 @@ def _readout(output: Path, rewards: RewardStore, count: int, patient: LoadedMode
             f"{patient.spec} is not the patient that gave the rewards in {rewards.folder} "
             f"({rewards.manifest['patient']}); rounds need that one to judge answers"
         )
-    folder = output / READOUT_FOLDER
+    folder = checkpoints / READOUT_FOLDER
     if (folder / READOUT_CONFIG).is_file():
         return Readout.from_pretrained(folder, patient)
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
