@@ -173,15 +173,19 @@ def test_one_chunk_of_logits_is_alive_at_a_time(
 ) -> None:
     """No path computes logits of more tokens at once than a chunk holds."""
     seen: list[int] = []
-    linear = nn.functional.linear
 
-    def counting(hidden: Tensor, *rest: Any) -> Tensor:
-        seen.append(hidden.shape[0])
-        return linear(hidden, *rest)
+    class Counting(module._Workspace):
+        def logits(self, hidden: Tensor) -> Tensor:
+            seen.append(len(hidden))
+            return super().logits(hidden)
 
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 50 * 4)
-    monkeypatch.setattr(nn.functional, "linear", counting)
+    monkeypatch.setattr(module, "_Workspace", Counting)
     selected_and_gradient(head, *states)
+    assert seen == [4, 4, 4, 1]
+    seen.clear()
+    with torch.no_grad():
+        head.selected_logps(*states)
     assert seen == [4, 4, 4, 1]
 
 

@@ -20,10 +20,19 @@ CPU_CHUNK_ELEMENTS = 1 << 22
 """The same on a CPU, where larger blocks come fresh from the system each time: faulting in their pages costs more than
 the arithmetic on them."""
 
+CPU_WORKSPACE_ELEMENTS = 1 << 24
+"""The same on a CPU where one chunk after the other lies in the same memory: enough rows for a fast product."""
+
 
 def chunk_rows(weight: Tensor) -> int:
     """Rows whose logits under a head of `weight` [V, D] may be alive at once."""
     elements = min(CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS) if weight.device.type == "cpu" else CHUNK_ELEMENTS
+    return max(1, elements // weight.shape[0])
+
+
+def workspace_rows(weight: Tensor) -> int:
+    """`chunk_rows` where every chunk's logits lie in the memory of the one before."""
+    elements = min(CHUNK_ELEMENTS, CPU_WORKSPACE_ELEMENTS) if weight.device.type == "cpu" else CHUNK_ELEMENTS
     return max(1, elements // weight.shape[0])
 
 
@@ -102,18 +111,19 @@ class LogitsHead:
 
     def selected_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """[M, D], [M] -> [M] float32 log-probabilities of `labels`."""
-        chunk = chunk_rows(self.linear.weight)
-        pieces = []
         frozen = not any(parameter.requires_grad for parameter in self.linear.parameters())
-        for start in range(0, hidden.shape[0], chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            if not (torch.is_grad_enabled() and (h.requires_grad or not frozen)):
-                pieces.append(_gather_logps(self.logits(h), y))
-            elif frozen and self.finish is None:
-                pieces.append(_FrozenHeadLogps.apply(h, self.linear.weight, self.linear.bias, y))
-            else:
-                pieces.append(checkpoint(lambda a, b: _gather_logps(self.logits(a), b), h, y, use_reentrant=False))
-        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+        weight, bias = self.linear.weight, self.linear.bias
+        if not (torch.is_grad_enabled() and (hidden.requires_grad or not frozen)):
+            with torch.no_grad():
+                return _selected_logps(hidden, weight, bias, labels, self.finish)
+        if frozen and self.finish is None:
+            found: Tensor = _FrozenHeadLogps.apply(hidden, weight, bias, labels)
+            return found
+        pieces = [
+            checkpoint(lambda h, y: _gather_logps(self.logits(h), y), h, y, use_reentrant=False)
+            for h, y in zip(hidden.split(chunk_rows(weight)), labels.split(chunk_rows(weight)), strict=True)
+        ]
+        return torch.cat(pieces)
 
 
 class LogitsFinish:
@@ -136,9 +146,68 @@ class LogitsFinish:
         logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
+    def in_place(self, logits: Tensor) -> Tensor:
+        """The same, over `logits` itself."""
+        logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
 
 def _gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class _Workspace:
+    """Logits under a linear head, one chunk after the other in the same memory.
+
+    Memory fresh from the system costs a CPU more than the arithmetic on it, and with it gone larger chunks pay, whose
+    products run faster.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, most: int) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.rows = max(1, min(workspace_rows(weight), most))
+        self._raw = weight.new_empty(self.rows, weight.shape[0])
+        whole = weight.dtype == torch.float32
+        self._full = self._raw if whole else torch.empty_like(self._raw, dtype=torch.float32)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[m, D] -> [m, V] float32, there until the next call; m at most `rows`."""
+        raw, h = self._raw[: len(hidden)], hidden.to(self.weight.dtype)
+        if self.bias is None:
+            torch.mm(h, self.weight.T, out=raw)
+        else:
+            torch.addmm(self.bias, h, self.weight.T, out=raw)
+        full = self._full[: len(hidden)]
+        return full if full.data_ptr() == raw.data_ptr() else full.copy_(raw)
+
+    def times_weight(self, values: Tensor) -> Tensor:
+        """[m, V] values that lie where `logits` were -> [m, D] float32: their product with the head's weights."""
+        raw = self._raw[: len(values)]
+        return ((values if values.data_ptr() == raw.data_ptr() else raw.copy_(values)) @ self.weight).float()
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Over [m, V] logits write e^(logit − max); return log Σ e^logit and the sum of what is there now, [m, 1]."""
+    top = logits.amax(-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return top + total.log(), total
+
+
+def _selected_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, finish: LogitsFinish | None
+) -> Tensor:
+    """[M, D], [M] -> [M] float32, without a gradient."""
+    space = _Workspace(weight, bias, len(hidden))
+    found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), space.rows):
+        part = slice(start, start + space.rows)
+        logits = space.logits(hidden[part])
+        if finish is not None:
+            finish.in_place(logits)
+        chosen = logits.gather(-1, labels[part, None])
+        found[part] = (chosen - _exponentials(logits)[0])[:, 0]
+    return found
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -151,14 +220,18 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        h = hidden.to(weight.dtype)
-        logits = nn.functional.linear(h, weight, bias).float()
-        lse = logits.logsumexp(-1, keepdim=True)
-        logps = logits.gather(-1, labels[:, None]) - lse
-        probabilities = logits.sub_(lse).exp_().to(weight.dtype)
-        jacobian = weight[labels].float() - (probabilities @ weight).float()
-        ctx.save_for_backward(jacobian.to(hidden.dtype))
-        return logps.squeeze(-1)
+        space = _Workspace(weight, bias, len(hidden))
+        found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        jacobian = torch.empty_like(hidden)
+        for start in range(0, len(hidden), space.rows):
+            part = slice(start, start + space.rows)
+            logits = space.logits(hidden[part])
+            chosen = logits.gather(-1, labels[part, None])
+            log_total, total = _exponentials(logits)
+            found[part] = (chosen - log_total)[:, 0]
+            jacobian[part] = weight[labels[part]].float() - space.times_weight(logits) / total
+        ctx.save_for_backward(jacobian)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
