@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,40 @@ from llmdoctor.tfpo.train import DoctorOptions, lora_arguments  # noqa: E402
 
 BETA = 1.0
 DRAFT = Path("runs/draft")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is decoded.
+
+    Attributes:
+        sizes: rows together.
+        tokens: of every answer.
+        rounds: of which the median is told.
+        draft_length: longest answer that a draft of a moment learns from.
+        memory_tokens: of each of four answers while memory is measured.
+    """
+
+    sizes: tuple[int, ...] = (1, 4, 16)
+    tokens: int = 64
+    rounds: int = 3
+    draft_length: int = 48
+    memory_tokens: int = 16
+
+    @classmethod
+    def quick(cls, spec: str) -> Plan:
+        """What ends within a minute where bfloat16 is fast, and within three where a processor has no such products."""
+        work = engine(load_model(spec), [], 4, 4)
+        work()
+        start = time.perf_counter()
+        work()
+        if time.perf_counter() - start < SLOW:
+            return cls((1, 16), 16, 1)
+        return cls((1, 4), 8, 1, 12, 4)
+
+
+SLOW = 0.5
+"""Seconds for four answers of four tokens above which a quick run does still less."""
 
 
 class DoctorProcessor(LogitsProcessor):
@@ -101,10 +135,10 @@ def conversations(count: int) -> list[Any]:
     return (found * (1 + count // len(found)))[:count]
 
 
-def brief_draft(spec: str, folder: Path) -> None:
+def brief_draft(spec: str, folder: Path, length: int) -> None:
     """A draft model of a few seconds' training."""
     make_draft(load_model(spec), load_prompts("builtin:prompts/train"), folder,
-               options=DraftOptions(tokens=2000, epochs=2, held_out=4, max_new_tokens=48))  # fmt: skip
+               options=DraftOptions(tokens=40 * length, epochs=2, held_out=4, max_new_tokens=length))  # fmt: skip
 
 
 def asked(guides: list[Guide], rows: int, tokens: int, temperature: float = 1.0) -> list[Request]:
@@ -186,9 +220,9 @@ def peak_of_process() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak(way: str, arguments: argparse.Namespace, doctor: Path) -> int:
+def peak(way: str, arguments: argparse.Namespace, doctor: Path, tokens: int) -> int:
     command = [sys.executable, "-m", "benchmarks.decoding", "--memory", way, "--patient", arguments.patient]
-    command += ["--doctor", str(doctor)]
+    command += ["--doctor", str(doctor), "--memory-tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -218,8 +252,8 @@ def times_as_fast(way: list[float], other: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(way, other, strict=True))
 
 
-def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[str, Any]:
-    sizes, tokens, rounds = ([1, 16], 16, 1) if arguments.quick else ([1, 4, 16], 64, 3)
+def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Path) -> dict[str, Any]:
+    sizes, tokens = plan.sizes, plan.tokens
     patient = load_model(arguments.patient)
     beside = load_guide(doctor, patient, name="it")
     assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
@@ -250,7 +284,7 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
             completions.clear()
         gc.collect()
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
+        for _ in range(plan.rounds):
             for way, work in ways.items():
                 start = time.perf_counter()
                 work()
@@ -268,7 +302,7 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
         return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
 
     measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
-    peaks = {way: peak(way, arguments, doctor) for way in measured}
+    peaks = {way: peak(way, arguments, doctor, plan.memory_tokens) for way in measured}
     return {
         "patient_vs_transformers": ratios("patient", "transformers"),
         "cost_ratio": ratios("patient", "doctor"),
@@ -279,8 +313,8 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
         "speculative_vs_patient": ratios("speculative", "patient"),
         "speculative_vs_guided": ratios("speculative", "guided"),
         "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
-        "acceptance": first_guess(draft, patient, [beside], 16, tokens, arguments.temperature),
-        "acceptance_patient": first_guess(draft, patient, [], 16, tokens, arguments.temperature),
+        "acceptance": first_guess(draft, patient, [beside], sizes[-1], tokens, arguments.temperature),
+        "acceptance_patient": first_guess(draft, patient, [], sizes[-1], tokens, arguments.temperature),
         "guesses": guessed,
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
@@ -294,20 +328,24 @@ def measure(arguments: argparse.Namespace, doctor: Path, folder: Path) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two batch sizes, 16 tokens; within a minute on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="two batch sizes, few tokens; a minute on two cores with fast bfloat16"
+    )
     parser.add_argument("--patient", default="builtin:smollm2")
     parser.add_argument("--doctor", type=Path, help="a trained LoRA doctor on the patient; a random one if left out")
     parser.add_argument("--draft", type=Path, help="from `llmdoctor draft`")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory", choices=["patient", "guided", "guided_apart"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        memory(arguments.memory, arguments.patient, arguments.doctor, 4, 16)
+        memory(arguments.memory, arguments.patient, arguments.doctor, 4, arguments.memory_tokens)
         return
     # It warns that an end-of-turn token of −1 lets answers run to their full length, which is what is wanted.
     logging.set_verbosity_error()
     brief = arguments.draft is None and not DRAFT.is_dir()
+    plan = Plan.quick(arguments.patient) if arguments.quick else Plan()
     with tempfile.TemporaryDirectory() as folder:
         doctor, draft = arguments.doctor, arguments.draft or DRAFT
         if doctor is None:
@@ -316,8 +354,8 @@ def main() -> None:
         if brief:
             print("no draft model: one is trained for a moment (make a good one with `llmdoctor draft -o runs/draft`)")
             draft = Path(folder) / "draft"
-            brief_draft(arguments.patient, draft)
-        result = measure(arguments, doctor, draft)
+            brief_draft(arguments.patient, draft, plan.draft_length)
+        result = measure(arguments, plan, doctor, draft)
     head = {
         "benchmark": "decoding",
         "quick": arguments.quick,

@@ -32,3 +32,8 @@ def test_exponents_must_be_numbers() -> None:
         Request.from_text("Hi", alpha=float("nan"))
     with pytest.raises(UserError, match="beta of 'kind' must be a finite number, got inf"):
         Request.from_text("Hi", betas={"kind": float("inf")})
+
+
+def test_a_prompt_that_is_one_string_is_told_of_from_text() -> None:
+    with pytest.raises(UserError, match=r"messages must be a conversation, .* got 'Hello'; .* Request\.from_text"):
+        Request("Hello")  # type: ignore[arg-type]

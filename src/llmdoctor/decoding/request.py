@@ -54,7 +54,7 @@ class Request:
     """One prompt with its own mixture and sampling.
 
     Attributes:
-        messages: the conversation, ending with a user turn.
+        messages: the conversation, ending with a user turn; `from_text` makes one of a string.
         alpha: exponent of the patient, α.
         betas: exponent β of each doctor by its name; a doctor not named has β = 0.
         sampling: how to draw.
@@ -68,6 +68,11 @@ class Request:
     id: str = ""
 
     def __post_init__(self) -> None:
+        if not all(isinstance(message, Mapping) for message in self.messages):
+            raise UserError(
+                "messages must be a conversation, such as ({'role': 'user', 'content': 'Hello'},), got "
+                f"{self.messages!r:.80}; for a prompt that is one string there is Request.from_text"
+            )
         for name, value in (("alpha", self.alpha), *((f"beta of {key!r}", beta) for key, beta in self.betas.items())):
             if not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, got {value}")
