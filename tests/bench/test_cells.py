@@ -16,10 +16,10 @@ from tests.bench.tools import PROMPTS, SEEDS, answers_of, arena_of, cell_files, 
 from tests.killing import JobServer
 
 from llmdoctor.baselines.best_of_n import BestOfN
-from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.arena import Arena, ShardDone
 from llmdoctor.bench.kit import ABLATIONS, Kit
 from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, DOCTOR, PATIENT, SAMPLES
-from llmdoctor.bench.options import BenchOptions
+from llmdoctor.bench.options import BenchOptions, Shard
 from llmdoctor.bench.table import make_table
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
@@ -278,7 +278,7 @@ def test_only_best_of_n_decodes_nothing_of_its_own() -> None:
 JOB = """
 from pathlib import Path
 
-from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.arena import Arena, ShardDone
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.table import make_table
 from llmdoctor.cli.progress import Progress
@@ -339,6 +339,42 @@ def test_a_killed_run_goes_on(
         for key in row.keys() - timed:
             number = isinstance(row[key], float)
             assert row[key] == (pytest.approx(other[key], abs=2e-4) if number else other[key]), key
+
+
+def test_shards_make_together_what_one_process_makes(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    """Nothing twice, nothing missing, and no results before all are there; no shard needs to be first."""
+    names, tasks = [PATIENT, "greedy", BEST_OF_N], tasks_of(bench_sources)
+    contenders = [CONTENDERS[name] for name in names]
+    whole, _ = arena_of(tiny_folder, bench_sources, tmp_path / "whole", tasks=tasks)
+    whole.decode(contenders)
+    made: list[set[str]] = []
+    for number in (3, 1, 2):
+        output = tmp_path / f"shard{number}"
+        arena, _ = arena_of(tiny_folder, bench_sources, output, tasks=tasks, shard=Shard(number, 3))
+        with pytest.raises(ShardDone):
+            arena.decode(contenders)
+        made.append(set(cell_files(output)))
+        shutil.copytree(output / "raw", tmp_path / "together/raw", dirs_exist_ok=True)
+    of_tasks = [{name for name in cells if not name.startswith("raw/any/")} for cells in made]
+    assert sum(map(len, of_tasks)) == len(set.union(*of_tasks))
+    assert all(of_tasks)
+    one, other = cell_files(tmp_path / "whole"), cell_files(tmp_path / "together")
+    assert set(one) == set(other)
+    for name, (_, content) in one.items():
+        assert answers_of(content) == answers_of(other[name][1]), name
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "/2", "a/2", "1/b", "-1/2", "1/0", "1.0/2", "1/2/3"])
+def test_what_is_no_shard(text: str) -> None:
+    with pytest.raises(UserError, match=f"a shard is a number and how many there are, such as 1/2, got '{text}'"):
+        Shard.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2"])
+def test_a_shard_is_one_of_all(text: str) -> None:
+    with pytest.raises(UserError, match=f"a shard is one of 1/2 … 2/2, got {text}"):
+        Shard.parse(text)
+    assert Shard.parse("2/2") == Shard(2, 2)
 
 
 def test_options_refuse_what_cannot_be() -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from llmdoctor.bench import kit
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.bench.options import BenchOptions, Shard, Task
 from llmdoctor.data.preferences import write_pairs
 from llmdoctor.models import loading
 
@@ -75,11 +75,18 @@ def tasks_of(folder: Path, judge: str = "vader") -> list[Task]:
 
 
 def arena_of(
-    tiny_folder: Path, folder: Path, output: Path, *, tasks: Sequence[Task] = (), **changes: Any
+    tiny_folder: Path,
+    folder: Path,
+    output: Path,
+    *,
+    tasks: Sequence[Task] = (),
+    shard: Shard | None = None,
+    **changes: Any,
 ) -> tuple[Arena, Told]:
     """An arena on the tiny model with the first task or those given."""
     told = Told()
-    return Arena(output, options_of(tiny_folder, folder, **changes), told, tasks or tasks_of(folder)[:1]), told
+    options = options_of(tiny_folder, folder, **changes)
+    return Arena(output, options, told, tasks or tasks_of(folder)[:1], shard=shard), told
 
 
 @contextmanager

@@ -124,6 +124,21 @@ def test_a_table_of_ones_own_task(good: Cli, size: tuple[object, ...], own: Path
     assert json.loads((tmp_path / "out/run.json").read_text())["table.json"]["quick"] is False
 
 
+def test_a_shard_decodes_and_writes_no_results(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
+    command = ("bench", "table", "-o", tmp_path / "out", "--method", "greedy", *own_task(own), *size)
+    ended = good(*command, "--shard", "1/2")
+    assert "shard 1/2 is there; when all are, the same command without --shard makes the results" in ended.out
+    assert not (tmp_path / "out/table.json").exists()
+    # One seed of one task is one unit: nothing is left for the other.
+    before = cell_files(tmp_path / "out")
+    assert before
+    good(*command, "--shard", "2/2")
+    assert cell_files(tmp_path / "out") == before
+    good(*command)
+    assert (tmp_path / "out/table.json").exists()
+    assert cell_files(tmp_path / "out") == before
+
+
 def test_verbose_shows_what_the_libraries_say(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
     ended = good("bench", "table", "-o", tmp_path, "--method", "greedy", "--verbose", *own_task(own), *size)
     assert "train_loss" in ended.out
@@ -134,6 +149,8 @@ def test_unknown_names_list_the_known(cli: Cli, size: tuple[object, ...], tmp_pa
     assert "no method is named magic; there is llmdoctor, " in line
     line = refused(cli, "frontier", "-o", tmp_path / "out", "--task", "mood", "--task", "sentiment", *size)
     assert "no controlled task is named mood; there is sentiment, readability" in line
+    line = refused(cli, "table", "-o", tmp_path / "out", "--shard", "2", *size)
+    assert "a shard is a number and how many there are, such as 1/2, got '2'" in line
     assert not (tmp_path / "out").exists()
 
 

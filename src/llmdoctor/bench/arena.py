@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from llmdoctor.bench.cells import Answer, Cells
 from llmdoctor.bench.judging import JudgeOptions, TaskJudge
 from llmdoctor.bench.kit import Kit, Steps
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender, Setting
-from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
+from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.record import answers_record, read_records, surroundings, write_result
 from llmdoctor.data.formats import Message
@@ -25,6 +26,10 @@ Texts = Mapping[str, Sequence[str]]
 """Prompt id -> one text a seed."""
 
 
+class ShardDone(Exception):
+    """The answers of an arena's shard are there; results are made of all shards' answers, by an arena without one."""
+
+
 class Arena:
     """Methods against each other on the same prompts.
 
@@ -36,6 +41,7 @@ class Arena:
         quick: this is a smoke run, which its results say.
         judge_options: how a chat judge is asked.
         consent: told of the questions of a table or frontier before a chat judge is asked them.
+        shard: train and decode only this part, then raise `ShardDone`; all of it if None.
 
     Raises:
         UserError: no prompts, two tasks of one name, or a `run.json` in `output` that cannot be read.
@@ -51,6 +57,7 @@ class Arena:
         quick: bool = False,
         judge_options: JudgeOptions | None = None,
         consent: Consent | None = None,
+        shard: Shard | None = None,
     ) -> None:
         read_records(output)
         self.output = output
@@ -59,6 +66,7 @@ class Arena:
         self.quick = quick
         self.judge_options = judge_options or JudgeOptions()
         self.consent = consent
+        self.shard = shard
         self.tasks = tuple(tasks) or CONTROLLED_TASKS
         if len({task.name for task in self.tasks}) != len(self.tasks):
             raise UserError(f"two tasks share a name: {', '.join(task.name for task in self.tasks)}")
@@ -88,16 +96,34 @@ class Arena:
         """Make all answers of these methods that are not there yet, one seed and task after the other.
 
         In this order a run that is cut leaves whole seeds rather than a part of each.
+
+        Raises:
+            ShardDone: this arena's shard of them is made.
         """
-        for task in tasks or self.tasks:
+        tasks = tasks or self.tasks
+        for task in tasks:
             # One that cannot be used is told now, not after hours of decoding.
             self.judge(task)
-        for seed in self.seeds:
-            for task in tasks or self.tasks:
-                for contender in contenders:
-                    for setting in contender.settings:
-                        self.cells.get(task, contender, setting, seed)
-                self.kits[task.name].forget()
+        for seed, task in self.units(tasks):
+            for contender in contenders:
+                if contender.any_task and self.shard and task is not tasks[0]:
+                    # They serve all tasks: another shard may be making them at this moment.
+                    continue
+                for setting in contender.settings:
+                    self.cells.get(task, contender, setting, seed)
+            self.kits[task.name].forget()
+        self.end_shard()
+
+    def units(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
+        """Seeds and tasks whose models and answers are for this arena to make: all, or those of its shard."""
+        for place, unit in enumerate(itertools.product(self.seeds, tasks)):
+            if self.shard is None or self.shard.has(place):
+                yield unit
+
+    def end_shard(self) -> None:
+        """Raise `ShardDone` if this arena makes a shard only."""
+        if self.shard is not None:
+            raise ShardDone
 
     def point(self, task: Task, contender: Contender, setting: Setting) -> Point:
         """A method's answers at one setting with their scores."""

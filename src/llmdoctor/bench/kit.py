@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from filelock import FileLock
+
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.decoding.guides import Guide, load_guide
@@ -112,13 +114,16 @@ class Kit:
 
         def acquire() -> RewardStore:
             pairs = self.pairs()
-            self.steps.start(f"{self.task.name}: token rewards", len(pairs), "pairs")
             faces = face_pairs(self.task.faces)[0]
-            store = acquire_rewards(
-                self.patient, pairs, self.folder / name, faces=faces, rewards=RewardOptions(**options),
-                progress=self.steps.advance,
-            )  # fmt: skip
-            self.steps.done()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # All seeds share them, and another shard may need them at the same moment.
+            with FileLock(self.folder / f".{name}.lock"):
+                self.steps.start(f"{self.task.name}: token rewards", len(pairs), "pairs")
+                store = acquire_rewards(
+                    self.patient, pairs, self.folder / name, faces=faces, rewards=RewardOptions(**options),
+                    progress=self.steps.advance,
+                )  # fmt: skip
+                self.steps.done()
             return store
 
         return self._once(("rewards", name), acquire)

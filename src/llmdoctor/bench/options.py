@@ -32,6 +32,35 @@ CONTROLLED_TASKS = (
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The part of a comparison's decoding that is one process's; the others do theirs beside it, in the same folder.
+
+    Attributes:
+        number: 1 … `of`.
+        of: processes.
+    """
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise UserError(f"a shard is one of 1/{self.of} … {self.of}/{self.of}, got {self.number}/{self.of}")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `2/4`: the second of four."""
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and int(of)):
+            raise UserError(f"a shard is a number and how many there are, such as 1/2, got {text!r}")
+        return cls(int(number), int(of))
+
+    def has(self, place: int) -> bool:
+        """Whether the unit at `place` is this shard's."""
+        return place % self.of == self.number - 1
+
+
+@dataclass(frozen=True)
 class BenchOptions:
     """Size of a comparison. Two runs with other values do not share results.
 

@@ -74,6 +74,7 @@ def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
 
     Raises:
         UserError: the comparison has not exactly two tasks.
+        ShardDone: as `Arena.decode`.
     """
     if len(arena.tasks) != 2:
         raise UserError(f"a Pareto front needs two tasks, this comparison has {len(arena.tasks)}")
@@ -84,12 +85,13 @@ def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
     fields = zip(*(astuple(task) for task in arena.tasks), strict=True)
     pair = Task(*("+".join(both) for both in fields))
     arena.kits.setdefault(pair.name, Kit(pair, arena.options, arena.output, arena.steps))
-    for seed in arena.seeds:
+    for seed, _ in arena.units([pair]):
         for contender in contenders:
             for setting in contender.settings:
                 arena.cells.get(pair, contender, setting, seed)
         for kit in arena.kits.values():
             kit.forget()
+    arena.end_shard()
     scored = [_scored(arena, pair, contender, setting) for contender in contenders for setting in contender.settings]
     patient = _scored(arena, arena.tasks[0], CONTENDERS[PATIENT], {})
     reference = patient.scores.mean((0, 1))

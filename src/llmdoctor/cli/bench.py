@@ -48,6 +48,13 @@ _Pairs = Annotated[
 _Faces = Annotated[
     str | None, typer.Option("--faces", metavar="DIMENSION", help="Faces that read your pairs, such as helpful.")
 ]
+_Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Train and decode the I-th of N shares of seeds and tasks only, and write no "
+        "results: for N processes, GPUs or machines on one folder. Then run without it.",
+    ),
+]  # fmt: skip
 _Embedder = Annotated[
     str | None,
     typer.Option(
@@ -76,11 +83,13 @@ def _arena(
     judge: str | None = None,
     chat: dict[str, Any] | None = None,
     yes: bool = False,
+    shard: str | None = None,
 ) -> Iterator[Arena]:
     """What the options ask for; inside the block the libraries that train are quiet."""
     from llmdoctor.bench.judging import JudgeOptions
-    from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
+    from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
 
+    part = None if shard is None else Shard.parse(shard)
     chosen = {task.name: task for task in CONTROLLED_TASKS}
     unknown = sorted(set(tasks) - set(chosen))
     if unknown:
@@ -95,7 +104,7 @@ def _arena(
     if pairs is not None and faces is not None and judge is not None:
         picked = [Task("own", pairs, faces, judge)]
     options, judge_options = BenchOptions(**size), JudgeOptions(**(chat or {}))
-    from llmdoctor.bench.arena import Arena
+    from llmdoctor.bench.arena import Arena, ShardDone
     from llmdoctor.cli.training_callback import quiet_training
 
     run.kept = f"Finished answers and models are kept in {output}; the same command goes on from there."
@@ -103,10 +112,14 @@ def _arena(
         run.progress.say("This is a smoke run: its figures mean nothing.")
     arena = Arena(
         output, options.quick() if quick else options, run.progress, picked, quick=quick, judge_options=judge_options,
-        consent=AskUser(run, yes),
+        consent=AskUser(run, yes), shard=part,
     )  # fmt: skip
-    with reported(run, lambda: arena.judges), quiet_training(run.verbose):
-        yield arena
+    try:
+        with reported(run, lambda: arena.judges), quiet_training(run.verbose):
+            yield arena
+    except ShardDone:
+        run.say(f"shard {shard} is there; when all are, the same command without --shard makes the results in {output}")
+        raise typer.Exit from None
 
 
 def _known_methods(names: list[str]) -> list[str]:
@@ -126,6 +139,7 @@ def table(
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
+    shard: _Shard = None,
     pairs_from: _Pairs = None,
     faces: _Faces = None,
     judge: _Judge = None,
@@ -140,7 +154,7 @@ def table(
     from llmdoctor.bench.table import make_table
 
     names = _known_methods(method)
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes, shard) as arena:
         rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
     words, figures = ("task", "against", "at"), ("win/tie/loss", "win + ½ tie", "95 %", "score")
@@ -166,6 +180,7 @@ def frontier(
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
+    shard: _Shard = None,
     pairs_from: _Pairs = None,
     faces: _Faces = None,
     judge: _Judge = None,
@@ -183,7 +198,7 @@ def frontier(
 
     names = _known_methods(method)
     embed = get_embedder(embedder) if embedder else None
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes) as arena:
+    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes, shard) as arena:
         rows = make_frontier(arena, names, embed)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     show_rows(run, rows, ("task", "method", "setting"), figures)
@@ -191,14 +206,16 @@ def frontier(
 
 
 @command
-def pareto(run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = False, size: _Size) -> None:
+def pareto(
+    run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = False, shard: _Shard = None, size: _Size
+) -> None:
     """Two doctors mixed, against Reward Soups and MOD: scores of both tasks, fronts, hypervolume.
 
     Example: llmdoctor bench pareto --quick
     """
     from llmdoctor.bench.pareto import STRENGTHS, make_pareto
 
-    with _arena(run, output, quick, size) as arena:
+    with _arena(run, output, quick, size, shard=shard) as arena:
         result = make_pareto(arena, STRENGTHS[:1] if quick else STRENGTHS)
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
     show_rows(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
@@ -214,6 +231,7 @@ def ablation(
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
+    shard: _Shard = None,
     size: _Size,
 ) -> None:
     """The doctor without one of its parts: sub-trajectory balance, value loss, sparsity, flow, anchors.
@@ -222,7 +240,7 @@ def ablation(
     """
     from llmdoctor.bench.ablation import make_ablation
 
-    with _arena(run, output, quick, size, task) as arena:
+    with _arena(run, output, quick, size, task, shard=shard) as arena:
         rows = make_ablation(arena)
     show_rows(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
     show_done(run, output, "ablation.json", quick)
