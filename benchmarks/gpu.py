@@ -349,63 +349,50 @@ def free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
+@dataclass(frozen=True)
+class Cast:
+    """Models of one patient's measurements: it, its doctors and what guesses for it."""
+
+    patient: LoadedModel
+    beside: Guide
+    small: LoadedModel
+    apart: Guide
+    draft: DraftModel
+    same_size: LoadedModel | None
+
+
+Heard = dict[str, tuple[list[Completion], ScriptedDecoder]]
+"""By acceptance: what the speculative way drew, and the decoder that counted its guesses."""
+
+
 def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[str, Any]:
     """Everything about one patient."""
-    device = kit.device
     if len(kit.tokenizer) > config.vocab_size:
         print(f"{name}: {len(kit.tokenizer):,} tokens in its vocabulary, not {config.vocab_size:,}: the tokenizer's")
         config.vocab_size = len(kit.tokenizer)
     small_config = small_shape(config)
-    whole, small_bytes = weight_bytes(config), weight_bytes(small_config)
-    need, twice = _ROOM * (whole + small_bytes), _ROOM * (2 * whole + small_bytes)
-    free = free_bytes(device)
-    if need > free:
-        raise DoesNotFit(f"it needs about {need / 2**30:.0f} GiB, and {free / 2**30:.0f} are free")
+    twice = has_room(kit, config, small_config)
     patient = kit.model(config, name)
     peaks = {
         "patient": peak(patient, lambda: [], plan),
         "guided": peak(patient, lambda: [kit.beside(patient)], plan),
         "guided_small": peak(patient, lambda: [kit.apart(kit.model(small_config, "small"))], plan),
     }
-    beside, small = kit.beside(patient), kit.model(small_config, f"{name}-small")
-    apart, draft = kit.apart(small), kit.draft(patient)
-    same_size = kit.model(config, f"{name}-merged") if twice <= free else None
+    small = kit.model(small_config, f"{name}-small")
+    same_size = kit.model(config, f"{name}-merged") if twice else None
     if same_size is None:
         print(f"{name}: no room for a doctor of its own size beside it, so there is no logits_processor")
+    cast = Cast(patient, kit.beside(patient), small, kit.apart(small), kit.draft(patient), same_size)
     rows: list[dict[str, Any]] = []
     seconds: dict[tuple[int, str], list[float]] = {}
     speculation: dict[str, dict[str, Any]] = {f"{acceptance:g}": {} for acceptance in ACCEPTANCES}
     for size in plan.sizes:
         until = clock.part()
-        drawn: list[Completion] = []
-        ways = {
-            "transformers": transformers(patient, None, size, plan.tokens),
-            "patient": engine(patient, [], size, plan.tokens),
-            "guided": engine(patient, [beside], size, plan.tokens, done=drawn),
-            "doctor": engine(small, [], size, plan.tokens),
-            "guided_small": engine(patient, [apart], size, plan.tokens),
-            "logits_processor_small": transformers(patient, small.model, size, plan.tokens),
-        }
-        if same_size is not None:
-            ways["logits_processor"] = transformers(patient, same_size.model, size, plan.tokens)
-        for work in ways.values():
-            work()
-        script = [done.token_ids for done in drawn[:size]]
-        heard: dict[str, tuple[list[Completion], ScriptedDecoder]] = {}
-        for key in speculation:
-            completions: list[Completion] = []
-            work, decoder = scripted(patient, beside, draft, script, float(key), plan.tokens, completions)
-            # What is guessed follows what guesses have cost, which takes some rounds to be known.
-            for _ in range(2):
-                work()
-            completions.clear()
-            decoder.rows.clear()
-            ways[f"speculative_{key}"], heard[key] = work, (completions, decoder)
-        gc.collect()
+        ways, heard = warmed_up(cast, size, plan, list(speculation))
         times: dict[str, list[float]] = {way: [] for way in ways}
         while len(times["patient"]) < plan.rounds and (not times["patient"] or time.perf_counter() < until):
             for way, work in ways.items():
-                times[way].append(timed(work, device))
+                times[way].append(timed(work, kit.device))
         for way, own in times.items():
             seconds[size, way] = own
             rate, ratio = size * plan.tokens / statistics.median(own), times_as_fast(own, times["patient"])
@@ -416,19 +403,79 @@ def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[
             print(f"{name:>10} {size:>5} {way:>22} {rate:>10,.1f} {ratio:>10.2f}", flush=True)
         for key, (completions, decoder) in heard.items():
             speculation[key][str(size)] = {"acceptance": decoder.acceptance, **guesses(completions)}
+    return {
+        **all_ratios(seconds, plan.sizes, list(speculation)),
+        "speculation": speculation,
+        "memory_ratio": over_patient(peaks, "guided"),
+        "memory_ratio_small": over_patient(peaks, "guided_small"),
+        "peak_bytes": peaks,
+        "weights_read": {
+            "patient": weights_read(patient.model),
+            "doctor": weights_read(small.model),
+            "draft": cast.draft.weights_read(),
+        },
+        "vocabulary": config.vocab_size,
+        "rows": rows,
+    }
+
+
+def has_room(kit: Kit, config: Any, small_config: Any) -> bool:
+    """Whether there is room for a second model of the patient's shape beside it.
+
+    Raises:
+        DoesNotFit: there is none for the patient and its small doctor.
+    """
+    whole, small = weight_bytes(config), weight_bytes(small_config)
+    need, free = _ROOM * (whole + small), free_bytes(kit.device)
+    if need > free:
+        raise DoesNotFit(f"it needs about {need / 2**30:.0f} GiB, and {free / 2**30:.0f} are free")
+    return bool(_ROOM * (2 * whole + small) <= free)
+
+
+def warmed_up(cast: Cast, size: int, plan: Plan, acceptances: list[str]) -> tuple[dict[str, Callable[[], None]], Heard]:
+    """Every way to decode `size` rows, each run before, and what the speculative ones will draw."""
+    drawn: list[Completion] = []
+    ways = {
+        "transformers": transformers(cast.patient, None, size, plan.tokens),
+        "patient": engine(cast.patient, [], size, plan.tokens),
+        "guided": engine(cast.patient, [cast.beside], size, plan.tokens, done=drawn),
+        "doctor": engine(cast.small, [], size, plan.tokens),
+        "guided_small": engine(cast.patient, [cast.apart], size, plan.tokens),
+        "logits_processor_small": transformers(cast.patient, cast.small.model, size, plan.tokens),
+    }
+    if cast.same_size is not None:
+        ways["logits_processor"] = transformers(cast.patient, cast.same_size.model, size, plan.tokens)
+    for work in ways.values():
+        work()
+    script = [done.token_ids for done in drawn[:size]]
+    heard: Heard = {}
+    for key in acceptances:
+        completions: list[Completion] = []
+        work, decoder = scripted(
+            cast.patient, cast.beside, cast.draft, script, float(key), plan.tokens, completions
+        )  # fmt: skip
+        # What is guessed follows what guesses have cost, which takes some rounds to be known.
+        for _ in range(2):
+            work()
+        completions.clear()
+        decoder.rows.clear()
+        ways[f"speculative_{key}"], heard[key] = work, (completions, decoder)
+    gc.collect()
+    return ways, heard
+
+
+def all_ratios(
+    seconds: dict[tuple[int, str], list[float]], sizes: Sequence[int], acceptances: list[str]
+) -> dict[str, Any]:
+    """How many times as fast one way is as another, by batch size; None where one of them did not run."""
 
     def ratios(way: str, other: str) -> dict[str, float] | None:
-        """How many times as fast one way is as another, by batch size."""
         found = {
             str(size): times_as_fast(seconds[size, way], seconds[size, other])
-            for size in plan.sizes
+            for size in sizes
             if (size, way) in seconds and (size, other) in seconds
         }
         return found or None
-
-    def over_patient(way: str) -> float | None:
-        alone, own = peaks["patient"], peaks[way]
-        return None if alone is None or own is None else own / alone
 
     return {
         "patient_vs_transformers": ratios("patient", "transformers"),
@@ -437,18 +484,15 @@ def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[
         "guided_small_vs_patient": ratios("guided_small", "patient"),
         "guided_vs_logits_processor": ratios("guided", "logits_processor"),
         "guided_small_vs_logits_processor": ratios("guided_small", "logits_processor_small"),
-        "speculative_vs_patient": {key: ratios(f"speculative_{key}", "patient") for key in speculation},
-        "speculative_vs_guided": {key: ratios(f"speculative_{key}", "guided") for key in speculation},
-        "speculation": speculation,
-        "memory_ratio": over_patient("guided"),
-        "memory_ratio_small": over_patient("guided_small"),
-        "peak_bytes": peaks,
-        "weights_read": {
-            "patient": weights_read(patient.model), "doctor": weights_read(small.model), "draft": draft.weights_read(),
-        },
-        "vocabulary": config.vocab_size,
-        "rows": rows,
-    }  # fmt: skip
+        "speculative_vs_patient": {key: ratios(f"speculative_{key}", "patient") for key in acceptances},
+        "speculative_vs_guided": {key: ratios(f"speculative_{key}", "guided") for key in acceptances},
+    }
+
+
+def over_patient(peaks: dict[str, int | None], way: str) -> float | None:
+    """Peak memory of a way over the patient's, where both are known."""
+    alone, own = peaks["patient"], peaks[way]
+    return None if alone is None or own is None else own / alone
 
 
 class DoesNotFit(Exception):

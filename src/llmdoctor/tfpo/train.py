@@ -120,7 +120,6 @@ def train_doctor(
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     output = Path(config.output_dir)
-    config = copy.copy(config)
     if rounds.rounds and not options.lora:
         raise UserError(
             "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
@@ -129,19 +128,9 @@ def train_doctor(
     if output.resolve() == rewards.folder.resolve():
         raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
     given, rewards = rewards, rewards_for(base, rewards)
-    doctor = Doctor.from_base(
-        base,
-        lora=lora_arguments(base.model, options) if options.lora else None,
-        value_hidden=options.value_hidden,
-        dimension=dimension or str(rewards.manifest["faces"]["name"]),
-        seed=config.seed,
-    )
-    if base.model.device.type == "cpu":
-        # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
-        base.model.set_attn_implementation("eager")
-    doctor.doctor_config.rewards_fingerprint = dict(rewards.fingerprint)
-    doctor.doctor_config.training = {**recorded(config), **vars(options), **vars(rounds)}
+    doctor = _untrained(base, rewards, config, options, rounds, dimension)
     train_set, eval_set = _split(rewards, options.eval_fraction)
+    config = copy.copy(config)
     config.output_dir = str(output / "checkpoints")
     if eval_set is None:
         config.eval_strategy = "no"
@@ -167,6 +156,30 @@ def train_doctor(
     }
     _write_into(output, doctor)
     return output
+
+
+def _untrained(
+    base: LoadedModel,
+    rewards: RewardStore,
+    config: TFPOConfig,
+    options: DoctorOptions,
+    rounds: RoundOptions,
+    dimension: str,
+) -> Doctor:
+    """The doctor before its first step, with what it will be trained by on its card."""
+    doctor = Doctor.from_base(
+        base,
+        lora=lora_arguments(base.model, options) if options.lora else None,
+        value_hidden=options.value_hidden,
+        dimension=dimension or str(rewards.manifest["faces"]["name"]),
+        seed=config.seed,
+    )
+    if base.model.device.type == "cpu":
+        # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
+        base.model.set_attn_implementation("eager")
+    doctor.doctor_config.rewards_fingerprint = dict(rewards.fingerprint)
+    doctor.doctor_config.training = {**recorded(config), **vars(options), **vars(rounds)}
+    return doctor
 
 
 def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
