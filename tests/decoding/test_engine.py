@@ -104,6 +104,25 @@ def test_cached_is_uncached(
             ids.append(token)
 
 
+def test_steering_that_grows_is_the_product_with_the_exponents_of_each_place(
+    decoder: GuidedDecoder, patient: LoadedModel, kind: LoadedModel, terse: LoadedModel
+) -> None:
+    """Rows whose βs grow over 0, 1, 4 and 40 tokens in one batch, each against the definition."""
+    onsets = [0, 1, 4, 40]
+    requests = [
+        replace(ask(text, betas={"kind": 2.0, "terse": 0.5}, temperature=1.0, seed=3), onset=onset)
+        for text, onset in zip(TEXTS * 2, onsets, strict=False)
+    ]
+    assert len(requests) == len(onsets)
+    for request, done in zip(requests, decoder.generate(requests), strict=True):
+        ids = decoder.encoder.prompt_ids(request.messages)
+        for place, (token, logp) in enumerate(zip(done.token_ids, done.logps, strict=True)):
+            share = min(1.0, (place + 1) / (request.onset + 1))
+            parts = [(patient, 1 - 2.0 * share), (kind, 2.0 * share), (terse, 0.5 * share)]
+            assert logp == pytest.approx(float(product(request, parts, ids)[token]), abs=1e-4)
+            ids.append(token)
+
+
 def generated(loaded: LoadedModel, text: str, count: int) -> list[int]:
     ids = ChatEncoder.for_model(loaded.model, loaded.tokenizer).prompt_ids([{"role": "user", "content": text}])
     out = loaded.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=count)

@@ -34,6 +34,11 @@ def test_exponents_must_be_numbers() -> None:
         Request.from_text("Hi", betas={"kind": float("inf")})
 
 
+def test_an_onset_is_no_less_than_nothing() -> None:
+    with pytest.raises(UserError, match="onset must be at least 0, got -1"):
+        Request.from_text("Hi", onset=-1)
+
+
 def test_a_prompt_that_is_one_string_is_told_of_from_text() -> None:
     with pytest.raises(UserError, match=r"messages must be a conversation, .* got 'Hello'; .* Request\.from_text"):
         Request("Hello")  # type: ignore[arg-type]

@@ -70,7 +70,8 @@ def requests(count: int = 14, **betas: float) -> list[Request]:
             stop=("a",) if place % 5 == 4 else (),
         )
         own = {name: beta * draw.choice([0.0, 0.5, 1.0]) for name, beta in betas.items()}
-        found.append(Request.from_text(TEXTS[place % 4], alpha=draw.choice([1.0, 0.7]), betas=own, sampling=sampling))
+        alpha, onset = draw.choice([1.0, 0.7]), 3 if place % 3 == 1 else 0
+        found.append(Request.from_text(TEXTS[place % 4], alpha=alpha, betas=own, sampling=sampling, onset=onset))
     return found
 
 

@@ -15,7 +15,7 @@ from llmdoctor.decoding.row import Row
 class Controls:
     """Per-row settings as tensors [B] (betas [B, D], seen tokens [B, V]) on the device of the logits."""
 
-    _NAMES = ("alpha", "betas", "temperature", "greedy", "top_k", "top_p", "min_p", "penalty", "seen")
+    _NAMES = ("alpha", "betas", "temperature", "greedy", "top_k", "top_p", "min_p", "penalty", "seen", "onset")
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str], device: torch.device, width: int) -> None:
         requests = [row.request for row in rows]
@@ -27,6 +27,8 @@ class Controls:
         self.alpha = tensor([request.alpha for request in requests])
         self.betas = tensor([[request.betas.get(name, 0.0) for name in names] for request in requests])
         self.betas = self.betas.view(len(requests), len(names))
+        self.onset = tensor([request.onset for request in requests])
+        self.grows = any(request.onset for request in requests)
         self.temperature = tensor([p.temperature or 1.0 for p in params])
         self.greedy = tensor([p.temperature == 0 for p in params], torch.bool)
         self.top_k = tensor([p.top_k for p in params], torch.long)
@@ -46,6 +48,15 @@ class Controls:
         """The settings of some of the rows."""
         part = copy.copy(self)
         part.keep(places)
+        return part
+
+    def at(self, lengths: Sequence[int]) -> Controls:
+        """The settings for the next token of rows that have said so many: their βs may still be growing."""
+        if not self.grows:
+            return self
+        part = copy.copy(self)
+        said = torch.tensor(lengths, dtype=self.betas.dtype, device=self.betas.device)
+        part.betas = self.betas * ((said + 1) / (self.onset + 1)).clamp(max=1.0)[:, None]
         return part
 
     def keep(self, places: slice | list[int]) -> None:

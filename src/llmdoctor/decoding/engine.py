@@ -234,8 +234,9 @@ class GuidedDecoder:
         logits = [tensor[..., :width].to(device) for tensor in logits]
         # Views where the rows stand side by side.
         whole = slice(places[0], places[-1] + 1)
-        controls = ward.controls.of(whole if len(places) == whole.stop - whole.start else places)
         rows = [ward.rows[place] for place in places]
+        controls = ward.controls.of(whole if len(places) == whole.stop - whole.start else places)
+        controls = controls.at([len(row.completion.token_ids) for row in rows])
         patient = logits[0][0].float()
         raw = (self.mixture if guided else _UNGUIDED).scores(logits, controls)
         # The maximum of a row with a NaN is NaN, so this also finds rows in which a model broke.

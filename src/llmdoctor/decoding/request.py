@@ -57,6 +57,9 @@ class Request:
         messages: the conversation, ending with a user turn; `from_text` makes one of a string.
         alpha: exponent of the patient, α.
         betas: exponent β of each doctor by its name; a doctor not named has β = 0.
+        onset: tokens at the start of the answer over which the βs grow to their values: token t (from 0) is drawn with
+            β · min(1, (t + 1) / (onset + 1)). 0 steers alike throughout. Openings are where a strong β says the same to
+            every prompt.
         sampling: how to draw.
         id: returned with the result.
     """
@@ -66,6 +69,7 @@ class Request:
     betas: Mapping[str, float] = field(default_factory=dict)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     id: str = ""
+    onset: int = 0
 
     def __post_init__(self) -> None:
         if not all(isinstance(message, Mapping) for message in self.messages):
@@ -76,6 +80,8 @@ class Request:
         for name, value in (("alpha", self.alpha), *((f"beta of {key!r}", beta) for key, beta in self.betas.items())):
             if not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, got {value}")
+        if self.onset < 0:
+            raise UserError(f"onset must be at least 0, got {self.onset}")
 
     @classmethod
     def from_text(cls, prompt: str, **kwargs: Any) -> Request:
