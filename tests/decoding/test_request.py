@@ -39,6 +39,7 @@ def test_an_onset_is_no_less_than_nothing() -> None:
         Request.from_text("Hi", onset=-1)
 
 
-def test_a_prompt_that_is_one_string_is_told_of_from_text() -> None:
-    with pytest.raises(UserError, match=r"messages must be a conversation, .* got 'Hello'; .* Request\.from_text"):
-        Request("Hello")  # type: ignore[arg-type]
+@pytest.mark.parametrize("text", ["Hello", ""])
+def test_a_prompt_that_is_one_string_is_told_of_from_text(text: str) -> None:
+    with pytest.raises(UserError, match=rf"messages must be a conversation, .* got '{text}'; .* Request\.from_text"):
+        Request(text)  # type: ignore[arg-type]

@@ -161,6 +161,31 @@ def test_chunks_change_nothing(
     torch.testing.assert_close(chunked_gradient, whole_gradient)
 
 
+@pytest.mark.parametrize("finish", [None, LogitsFinish(scale=0.5), LogitsFinish(scale=0.5, cap=2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_gradient_the_values_are_log_softmaxs(
+    head: LogitsHead,
+    states: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    finish: LogitsFinish | None,
+    dtype: torch.dtype,
+) -> None:
+    """Where scale, cap and exponentials are written over the logits, chunk after chunk."""
+    head.linear.to(dtype)
+    head.finish = finish
+    hidden, labels = states[0].to(dtype), states[1]
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 50 * 4)
+    with torch.no_grad():
+        out = head.selected_logps(hidden, labels)
+        logits = head.linear.double()(hidden.double())
+    if finish is not None:
+        logits = finish(logits)
+    expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    assert out.dtype == torch.float32
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_chunk_is_never_empty_however_large_the_vocabulary(
     head: LogitsHead, states: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

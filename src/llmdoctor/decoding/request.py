@@ -57,11 +57,11 @@ class Request:
         messages: the conversation, ending with a user turn; `from_text` makes one of a string.
         alpha: exponent of the patient, α.
         betas: exponent β of each doctor by its name; a doctor not named has β = 0.
+        sampling: how to draw.
+        id: returned with the result.
         onset: tokens at the start of the answer over which the βs grow to their values: token t (from 0) is drawn with
             β · min(1, (t + 1) / (onset + 1)). 0 steers alike throughout. Openings are where a strong β says the same to
             every prompt.
-        sampling: how to draw.
-        id: returned with the result.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -72,7 +72,7 @@ class Request:
     onset: int = 0
 
     def __post_init__(self) -> None:
-        if not all(isinstance(message, Mapping) for message in self.messages):
+        if isinstance(self.messages, str) or not all(isinstance(message, Mapping) for message in self.messages):
             raise UserError(
                 "messages must be a conversation, such as ({'role': 'user', 'content': 'Hello'},), got "
                 f"{self.messages!r:.80}; for a prompt that is one string there is Request.from_text"
