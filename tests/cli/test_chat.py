@@ -45,10 +45,13 @@ def test_the_conversation_is_remembered_until_reset(chat, asked: list[Request]) 
 
 
 def test_settings_change_while_it_runs(chat, asked: list[Request]) -> None:
-    ended = chat("Hi", "/alpha 0.5", "/beta positive -1", "/temperature 0", "Hi", "/beta 3", "Hi")
-    mixtures = [(request.alpha, request.betas["positive"], request.sampling.temperature) for request in asked]
-    assert mixtures == [(1.0, 2.0, 1.0), (0.5, -1.0, 0.0), (0.5, 3.0, 0.0)]
+    ended = chat("Hi", "/alpha 0.5", "/beta positive -1", "/temperature 0", "Hi", "/beta 3", "/onset 4", "Hi")
+    mixtures = [
+        (request.alpha, request.betas["positive"], request.onset, request.sampling.temperature) for request in asked
+    ]
+    assert mixtures == [(1.0, 2.0, 0, 1.0), (0.5, -1.0, 0, 0.0), (0.5, 3.0, 4, 0.0)]
     assert "α = 0.5, β(positive) = 3, temperature 0" in ended.out
+    assert "α = 0.5, β(positive) = 3, onset 4, temperature 0" in ended.out
 
 
 def test_alpha_counts_without_a_doctor(
@@ -78,6 +81,7 @@ def test_compare_shows_patient_and_guided_and_goes_on_with_the_guided(chat, aske
         ("/alpha high", "/alpha takes a number, got 'high'"),
         ("/alpha nan", "/alpha takes a number, got 'nan'"),
         ("/beta kind 1", "say which doctor: /beta NAME X; loaded: positive"),
+        ("/onset -1", "/onset takes a whole number from 0, got '-1'"),
         ("/temperature -1", "temperature must be at least 0, got -1.0"),
         ("7" * 600, "leaves no room"),
     ],
@@ -91,7 +95,7 @@ def test_a_mistake_is_told_and_the_chat_goes_on(chat, asked: list[Request], line
 
 def test_help_and_quit(chat, asked: list[Request]) -> None:
     ended = chat("/help", "/quit", "Not asked")
-    for name in ("/alpha", "/beta", "/temperature", "/compare", "/system", "/reset", "/quit"):
+    for name in ("/alpha", "/beta", "/onset", "/temperature", "/compare", "/system", "/reset", "/quit"):
         assert name in ended.out
     assert not asked
 

@@ -67,6 +67,20 @@ def test_answers_are_the_same_with_a_draft(
     assert " a pass, ended by " in streamed.err
 
 
+def test_a_doctor_whose_strength_never_grows_says_nothing(
+    good: Cli, cli: Cli, command: tuple[object, ...], tiny_folder: Path, tmp_path: Path
+) -> None:
+    good(*command, "-o", tmp_path / "guided.jsonl")
+    good(*command, "--onset", 10**9, "-o", tmp_path / "mute.jsonl")
+    alone = ("generate", "--prompts", tmp_path / "prompts.jsonl", "--patient", tiny_folder, "--max-new-tokens", 6)
+    good(*alone, *CPU, "-o", tmp_path / "alone.jsonl")
+    guided, mute, patient = (read(tmp_path / f"{name}.jsonl") for name in ("guided", "mute", "alone"))
+    assert [row["text"] for row in mute] == [row["text"] for row in patient] != [row["text"] for row in guided]
+    assert [row["kl_estimate"] for row in mute] == pytest.approx([0.0] * len(mute), abs=1e-6)
+    assert {row["onset"] for row in mute} == {10**9}
+    assert "was made from other inputs (mixture: stored" in cli(*command, "-o", tmp_path / "mute.jsonl").err
+
+
 def test_interrupted_and_continued_is_the_same_file(
     good: Cli, cli: Cli, command: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

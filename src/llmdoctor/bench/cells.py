@@ -125,7 +125,8 @@ class Cells:
         prompts = [[prompt.id, list(prompt.messages)] for prompt in self.prompts_of(contender)]
         return {
             "patient": options.patient,
-            "base": options.base or options.patient,
+            # What learns nothing has no base.
+            "base": options.patient if contender.any_task else options.base or options.patient,
             "prompts": digest(prompts),
             "learned": digest({} if contender.any_task else learned),
             "recipes": digest(recipes),

@@ -168,10 +168,17 @@ def best_point(arena: Arena, task: Task, contender: Contender) -> Chosen:
 
 def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
     """LLMdoctor at the KL that the opponent spends on the same prompts."""
+    return mixed_at_kl([arena.patient(task), *arena.points(task, CONTENDERS[DOCTOR])], opponent)
+
+
+def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
+    """A method, given at several settings in the order of its knob, at the KL that the opponent spends.
+
+    The opponent has answered some or all of its prompts.
+    """
     prompts = list(opponent.scores)
-    doctor = [arena.patient(task), *arena.points(task, CONTENDERS[DOCTOR])]
-    points = [point.only(prompts) for point in doctor]
-    mixture = equal_kl_mixture(opponent.kl, [(point.kls, point) for point in points])
+    parts = [point.only(prompts) for point in points]
+    mixture = equal_kl_mixture(opponent.kl, [(part.kls, part) for part in parts])
     low, high = mixture.low, mixture.high
     chosen = Chosen([low, high], clamped=mixture.clamped)
     chosen.texts = mixture.take(Chosen([low]).texts, Chosen([high]).texts)

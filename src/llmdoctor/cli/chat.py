@@ -19,6 +19,7 @@ from llmdoctor.cli.options import (
     Draft,
     Dtype,
     Form,
+    Onset,
     Patient,
     Stop,
     System,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 HELP = """\
 /alpha X         strength of the patient
 /beta NAME X     strength of a doctor (NAME may be left out if there is one)
+/onset N         tokens over which the doctors' strengths grow from the start of an answer (0: none)
 /temperature X   0 always takes the likeliest word
 /compare         the patient alone beside the guided answer, on or off; the guided one goes on
 /system TEXT     another system prompt (none if TEXT is left out)
@@ -53,6 +55,7 @@ def chat(
     dimension: Dimensions = [],  # noqa: B006
     form: Form = "ratio",
     alpha: Alpha = 1.0,
+    onset: Onset = 0,
     sampling: Annotated[dict[str, Any], SAMPLING],
     stop: Stop = [],  # noqa: B006
     draft: Draft = None,
@@ -77,7 +80,7 @@ def chat(
 
     decoder = GuidedDecoder(model, guides, draft=load_drafter(run, draft, model))
     say_translations(run, decoder)
-    conversation = Conversation(run, decoder, params, alpha, betas, system)
+    conversation = Conversation(run, decoder, params, alpha, betas, onset, system)
     run.kept = "A conversation is not kept anywhere."
     run.progress.say(f"{conversation.settings()}; /help lists what else can be typed")
     while (line := _read_line()) is not None:
@@ -107,6 +110,7 @@ class Conversation:
     sampling: SamplingParams
     alpha: float
     betas: dict[str, float]
+    onset: int = 0
     system: str | None = None
     compare: bool = False
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -130,7 +134,8 @@ class Conversation:
     def settings(self) -> str:
         """The mixture in one line."""
         doctors = ", ".join(f"β({name}) = {beta:g}" for name, beta in self.betas.items())
-        return f"α = {self.alpha:g}, {doctors or 'no doctor'}, temperature {self.sampling.temperature:g}"
+        onset = f", onset {self.onset}" if self.onset else ""
+        return f"α = {self.alpha:g}, {doctors or 'no doctor'}{onset}, temperature {self.sampling.temperature:g}"
 
     def _answer(self, text: str) -> None:
         asked = [*self.turns, {"role": "user", "content": text}]
@@ -149,7 +154,7 @@ class Conversation:
         head = [] if self.system is None else [{"role": "system", "content": self.system}]
         # Another seed a turn, or equal questions would get equal answers.
         sampling = replace(self.sampling, seed=self.sampling.seed + len(turns) - 1)
-        return Request((*head, *turns), alpha, dict(betas), sampling)
+        return Request((*head, *turns), alpha, dict(betas), sampling, onset=self.onset)
 
     def _both(self, guided: Request, turns: list[dict[str, str]]) -> Completion:
         from rich.table import Table
@@ -174,6 +179,12 @@ class Conversation:
             known = ", ".join(self.betas) or "none"
             raise UserError(f"say which doctor: /beta NAME X; loaded: {known}")
         self.betas[name] = _number("beta", number)
+        self.run.say(self.settings())
+
+    def _do_onset(self, text: str) -> None:
+        if not text.isdecimal():
+            raise UserError(f"/onset takes a whole number from 0, got {text!r}")
+        self.onset = int(text)
         self.run.say(self.settings())
 
     def _do_temperature(self, text: str) -> None:

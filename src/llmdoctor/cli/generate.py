@@ -22,6 +22,7 @@ from llmdoctor.cli.options import (
     Draft,
     Dtype,
     Form,
+    Onset,
     Overwrite,
     Patient,
     Stop,
@@ -88,6 +89,7 @@ def generate(
     dimension: Dimensions = [],  # noqa: B006
     form: Form = "ratio",
     alpha: Alpha = 1.0,
+    onset: Onset = 0,
     sampling: Annotated[dict[str, Any], SAMPLING],
     stop: Stop = [],  # noqa: B006
     best_of: _BestOf = 1,
@@ -130,15 +132,17 @@ def generate(
     say_translations(run, decoder)
     judge = _judge(readout, model)
     if prompt is not None:
-        _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params), judge, best_of)
+        _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params, onset=onset), judge, best_of)
         say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
         return
     mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
+    if onset:
+        mixture |= {"onset": onset}
     if judge is not None:
         mixture |= {"best_of": best_of, "readout": digest(judge.weights.tolist())}
     recipe = _recipe(model.fingerprint, model.spec, questions, arguments, mixture, sampling | {"stop": stop})
     requests = [
-        Request(_with_system(question, system), alpha, betas, _seeded(params, question.id), question.id)
+        Request(_with_system(question, system), alpha, betas, _seeded(params, question.id), question.id, onset)
         for question in questions
     ]
     drawing = decoder if judge is None else _best_of(decoder, judge, best_of)
@@ -284,6 +288,7 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         "seed": request.sampling.seed,
         "alpha": request.alpha,
         "betas": dict(request.betas),
+        "onset": request.onset,
         # One sample of KL(guided ‖ patient) in nats: its mean over rows estimates the divergence a response, or bounds
         # it where this is the best of several.
         "kl_estimate": sum(shift) if completion.kl_bound is None else completion.kl_bound,

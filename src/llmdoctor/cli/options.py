@@ -88,6 +88,15 @@ Form = Annotated[
     ),
 ]
 Alpha = Annotated[float, typer.Option("--alpha", help="Exponent α of the patient.", rich_help_panel="Guidance")]
+Onset = Annotated[
+    int,
+    typer.Option(
+        "--onset",
+        metavar="N",
+        help="Let the βs grow to their values over the first N tokens: a strong β then opens fewer answers alike.",
+        rich_help_panel="Guidance",
+    ),
+]
 Draft = Annotated[
     Path | None,
     typer.Option(

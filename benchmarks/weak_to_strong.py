@@ -1,0 +1,147 @@
+"""Does a doctor much smaller than the patient steer it as well as training the patient itself would?
+
+    python -m benchmarks.weak_to_strong --base FOLDER --work FOLDER [--seeds 3]
+        [--output benchmarks/results/weak_to_strong.json] [--quick]
+
+`--base` is a model that `llmdoctor shrink` made from the patient. On the arena's pairs and prompts (see docs/arena.md),
+LLMdoctor and DPO are trained on it and guide the patient in ratio form (weak); DPO is trained on the patient itself as
+well (strong: at β = 1 that is its policy). Same pairs, batch, epochs and LoRA settings; the small model has fewer
+layers to put LoRA on, and LLMdoctor its rounds. `--work` keeps models and answers: a run that was cut goes on, and one
+that is given more seeds keeps the first ones. `--quick` is a smoke run; its figures mean nothing.
+
+`rows` hold the arena's figures of every method and setting. `comparisons` put the weak doctor against each strong
+setting at the KL that this one spends: `win_plus_half_tie` in percent with its 95 % bootstrap interval over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import record
+from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT
+from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
+from llmdoctor.bench.points import Point
+from llmdoctor.bench.table import Chosen, mixed_at_kl
+from llmdoctor.cli.progress import Progress
+from llmdoctor.errors import UserError
+from llmdoctor.evaluation.arena import matchup_from_outcomes
+from llmdoctor.shrink.make import RECORD_NAME
+
+
+def opened(folder: Path, base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
+    options = BenchOptions(patient=arguments.patient, base=base, seeds=arguments.seeds, prompt_count=arguments.prompts)
+    return Arena(folder, options.quick() if arguments.quick else options, progress, [task], quick=arguments.quick)
+
+
+def share(source: Arena, target: Arena, task: Task) -> None:
+    """Give one arena what does not depend on the base: the patient's answers and the pairs' token rewards."""
+    source.kits[task.name].rewards()
+    for part in (Path("raw", "any"), Path("models", task.name, "rewards")):
+        shutil.copytree(source.output / part, target.output / part, dirs_exist_ok=True)
+
+
+def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -> dict[str, Any]:
+    doctor = mixed_at_kl(points, Chosen([opponent]))
+    result = matchup_from_outcomes(arena.outcomes(task, doctor.texts, Chosen([opponent]).texts))
+    return {
+        "opponent": opponent.contender.name,
+        "setting": dict(opponent.setting),
+        "kl": opponent.kl,
+        "score": opponent.score,
+        "distinct_4": opponent.distinct_4,
+        "doctor_settings": doctor.settings,
+        "doctor_score": doctor.score,
+        "doctor_distinct_4": doctor.distinct_4,
+        "clamped": doctor.clamped,
+        "win_plus_half_tie": result.win_plus_half_tie,
+        "ci_low": result.ci_low,
+        "ci_high": result.ci_high,
+        "prompts": result.prompts,
+    }
+
+
+def shrunk(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} holds no {RECORD_NAME}; make it with: llmdoctor shrink -o {folder}") from error
+
+
+def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> dict[str, Any]:
+    made = shrunk(arguments.base)
+    strong = opened(arguments.work / "strong", "", task, arguments, progress)
+    weak = opened(arguments.work / "weak", str(arguments.base), task, arguments, progress)
+    strong.decode([CONTENDERS[PATIENT]])
+    share(strong, weak, task)
+    weak.decode([CONTENDERS[DOCTOR], CONTENDERS["dpo"]])
+    strong.decode([CONTENDERS["dpo"]])
+    points = {
+        ("weak", DOCTOR): weak.points(task, CONTENDERS[DOCTOR]),
+        ("weak", "dpo"): weak.points(task, CONTENDERS["dpo"]),
+        ("strong", "dpo"): strong.points(task, CONTENDERS["dpo"]),
+    }
+    patient = strong.patient(task)
+    ladder = [patient, *points["weak", DOCTOR]]
+    rows = [{"size": "strong", **patient.figures()}]
+    rows += [{"size": size, **point.figures()} for (size, _), found in points.items() for point in found]
+    return {
+        "benchmark": "weak_to_strong",
+        "quick": arguments.quick,
+        "task": task.name,
+        "layers": made["layers"],
+        "of_layers": made["of_layers"],
+        "weights_read": made["weights_read"],
+        "shrink": {"options": made["options"], "held_out": made["held_out"]["after"]},
+        "seeds": strong.options.seeds,
+        "dtype": strong.kits[task.name].patient.fingerprint["dtype"],
+        "comparisons": [comparison(strong, task, ladder, point) for point in points["strong", "dpo"]],
+        "rows": rows,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'':7} {'method':10} {'setting':12} {'score':>6} {'KL':>6} {'dist-4':>7} {'perplexity':>10}")
+    for row in result["rows"]:
+        setting = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
+        print(
+            f"{row['size']:7} {row['method']:10} {setting:12} {row['score']:>6.3f} {row['kl']:>6.1f} "
+            f"{row['distinct_4']:>7.3f} {row['perplexity']:>10.1f}"
+        )
+    for row in result["comparisons"]:
+        print(
+            f"weak doctor against strong {row['opponent']} {row['setting']} at {row['kl']:.1f} nats: "
+            f"{row['win_plus_half_tie']:.1f} % ({row['ci_low']:.1f} … {row['ci_high']:.1f})"
+            f"{', beyond what it was measured at' if row['clamped'] else ''}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, help="folder that `llmdoctor shrink` has made")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--patient", default="builtin:smollm2")
+    parser.add_argument("--task", choices=[task.name for task in CONTROLLED_TASKS], default=CONTROLLED_TASKS[0].name)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=320)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    task = next(task for task in CONTROLLED_TASKS if task.name == arguments.task)
+    progress = Progress()
+    try:
+        result = measure(arguments, task, progress)
+    except UserError as error:
+        parser.exit(1, f"{error}\n")
+    finally:
+        progress.close()
+    show(result)
+    record(result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
