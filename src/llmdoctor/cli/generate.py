@@ -132,7 +132,8 @@ def generate(
     say_translations(run, decoder)
     judge = _judge(readout, model)
     if prompt is not None:
-        _answer_one(run, decoder, Request(_conversation(prompt, system), alpha, betas, params, onset=onset), judge, best_of)
+        asked = Request(_conversation(prompt, system), alpha, betas, params, onset=onset)
+        _answer_one(run, decoder, asked, judge, best_of)
         say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
         return
     mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
