@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tests.tiny import (
@@ -24,6 +25,10 @@ from tests.tiny import (
     tensors,
 )
 
+from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import Doctor
 from llmdoctor.rewards.readout import Readout, fit_readout
@@ -102,6 +107,36 @@ def test_answers_are_drawn_from_the_doctor_and_not_from_its_base(tiny_folder: Pa
 
     # 300 tokens: 299 ± 24 where the draws are from it.
     assert chi_square(logits) < 420 < chi_square(base)
+
+
+@pytest.mark.parametrize("tokenizer", ["the patient's", "another"])
+def test_a_doctor_on_another_base_learns_from_what_the_patient_says_under_its_guidance(
+    tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path, tokenizer: str
+) -> None:
+    own = byte_level(300, OTHER_CORPUS) if tokenizer == "another" else tiny_tokenizer
+    base, patient = load(save_tiny(tmp_path / "base", own, seed=5)), load(tiny_folder)
+    doctor = shaken(fresh_doctor(base))
+    before = tensors(doctor)
+    doctor.save_pretrained(tmp_path / "doctor")
+    conversations = [tuple(json.loads(prompt)) for prompt in prompts_of(6)]
+    drawn = draw_answers(doctor, conversations, list(range(6)), 9, 3, patient=patient)
+    assert {name: tensor for name, tensor in before.items() if not torch.equal(tensor, tensors(doctor)[name])} == {}
+
+    guide = load_guide(tmp_path / "doctor", patient, name="kind")
+    asked = [
+        Request(messages, betas={"kind": 1.0}, sampling=SamplingParams(max_new_tokens=9, seed=seed))
+        for seed, messages in enumerate(conversations)
+    ]
+    guided = GuidedDecoder(patient, [guide]).generate(asked)
+    assert [end for _, end in drawn] == [answer.finish_reason == "stop" for answer in guided]
+    if tokenizer == "the patient's":
+        assert [ids for ids, _ in drawn] == [answer.token_ids for answer in guided]
+    else:
+        texts = [doctor.encoder.decode(ids[:-1] if end else ids) for ids, end in drawn]
+        assert [text.rstrip("\ufffd") for text in texts] == [answer.text.rstrip("\ufffd") for answer in guided]
+        assert any(texts)
+    alone = GuidedDecoder(patient).generate([replace(request, betas={}) for request in asked])
+    assert [answer.text for answer in guided] != [answer.text for answer in alone]
 
 
 def test_training_comes_near_the_tilted_reference(tiny_folder: Path, tmp_path: Path) -> None:
@@ -205,6 +240,22 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
     other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
     with pytest.raises(UserError, match="is not the patient that gave the rewards"):
         train_doctor(load(tiny_folder), store, config(tmp_path / "other"), rounds=OPTIONS, patient=other)
+
+
+def test_rounds_of_a_doctor_on_another_base(tiny_folder: Path, tmp_path: Path, store: RewardStore) -> None:
+    """It is trained to the end, on rows in its own tokens beside what its own base says of them."""
+    base = load(save_tiny(tmp_path / "base", byte_level(300, OTHER_CORPUS), seed=5))
+    folder = train_doctor(
+        base, store, config(tmp_path / "doctor", save_strategy="epoch"), rounds=OPTIONS,
+        options=DoctorOptions(lora_rank=2, eval_fraction=0.15), patient=load(tiny_folder),
+    )  # fmt: skip
+    assert json.loads((folder / "doctor.json").read_text())["base"] == str(tmp_path / "base")
+    own = load(tmp_path / "base")
+    encoder = ChatEncoder.for_model(own.model, own.tokenizer)
+    for row in pq.read_table(folder / "checkpoints" / "rounds" / "rows" / "000.parquet").to_pylist():
+        for side in ("chosen", "rejected"):
+            expected = naive_logps(own.model, encoder.prompt_ids(json.loads(row["prompt"])), row[f"{side}_ids"])
+            torch.testing.assert_close(torch.tensor(row[f"{side}_ref_logps"]).double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path: Path) -> None:

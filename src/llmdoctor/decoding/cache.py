@@ -1,4 +1,4 @@
-"""A key-value cache that is allocated once and written in place."""
+"""A key-value cache that is written in place, and as large as what is in it, within a fifth."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+_STEP = 64
+"""Columns that a full cache grows by, at least."""
+
 
 class InPlaceLayer(DynamicLayer):
     """One layer's keys and values in buffers with room to grow.
 
     transformers' own layer concatenates, which copies the whole cache at every token and leaves the allocator with
-    holes of every size.
+    holes of every size. Room for all that may be appended would be as wrong: most answers end long before their limit.
 
     Args:
-        room: tokens that will be appended after the first update.
+        room: tokens that will be appended at most; so many columns are never spare.
     """
 
     def __init__(self, room: int) -> None:
@@ -32,7 +35,7 @@ class InPlaceLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._grow(key_states, value_states, end + self._room)
+            self._grow(key_states, value_states, end + self._spare(end))
         assert self._buffers is not None
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
@@ -52,15 +55,15 @@ class InPlaceLayer(DynamicLayer):
         `room` more tokens fit afterwards.
         """
         width = max(self.keys.shape[-2], other.keys.shape[-2])
+        self._room = room
         grown = []
         for own, theirs in ((self.keys, other.keys), (self.values, other.values)):
             # Zeros, not whatever memory held: what a row does not see is still multiplied, by weights of zero.
             counts = len(own) // voices, len(theirs) // voices
-            buffer = own.new_zeros(voices, sum(counts), own.shape[1], width + room, own.shape[3])
+            buffer = own.new_zeros(voices, sum(counts), own.shape[1], width + self._spare(width), own.shape[3])
             buffer[:, : counts[0], :, width - own.shape[-2] : width] = own.unflatten(0, (voices, -1))
             buffer[:, counts[0] :, :, width - theirs.shape[-2] : width] = theirs.unflatten(0, (voices, -1))
             grown.append(buffer.flatten(0, 1))
-        self._room = room
         self._buffers = (grown[0], grown[1])
         self.keys, self.values = (buffer[:, :, :width] for buffer in grown)
 
@@ -82,6 +85,10 @@ class InPlaceLayer(DynamicLayer):
         self.keys, self.values = states[0][:, :, :0], states[1][:, :, :0]
         self.update(states[0], states[1])
 
+    def _spare(self, columns: int) -> int:
+        """How many columns to allocate behind so many: copied again at every fifth that is added, as time allows."""
+        return min(self._room, max(_STEP, columns // 4))
+
     def _grow(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         grown = []
         for states, old in ((key_states, self.keys), (value_states, self.values)):
@@ -94,7 +101,7 @@ class InPlaceLayer(DynamicLayer):
 
 
 def new_cache(config: Any, room: int) -> DynamicCache:
-    """A cache for a model of `config`; layers of full attention are allocated once, with `room` for new tokens.
+    """A cache for a model of `config`; layers of full attention are written in place, up to `room` new tokens.
 
     Layers of other kinds (sliding window, linear attention, …) stay transformers' own.
     """

@@ -48,6 +48,7 @@ def load_guide(
     *,
     name: str | None = None,
     form: str = "ratio",
+    base: LoadedModel | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -62,6 +63,7 @@ def load_guide(
         patient: the model it will guide.
         name: for requests; the doctor's dimension, else the folder's name, if None.
         form: "ratio" adds β (log π_doctor − log π_ref), "product" adds β log π_doctor.
+        base: the doctor's base model if already loaded, for a doctor whose base is not the patient.
         dtype, device, trust_remote_code: as `load_model`'s, for models that are loaded here; where the doctor is run in
             the patient's own pass, it works as the patient does.
 
@@ -86,7 +88,7 @@ def load_guide(
     reference: LoadedModel | Literal["patient"] | None = None
     if config.lora:
         # One copy of the base serves the doctor, its reference and, where it is the same, the patient.
-        base = patient if on_patient else load_model(spec, **options)
+        base = patient if on_patient else base or load_model(spec, **options)
         check_doctor(folder, config, base)
         adapter = None
         if network_of(base.model.get_decoder()) is not None:

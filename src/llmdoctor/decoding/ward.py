@@ -244,6 +244,9 @@ class Ward:
             self.rows = [self.rows[place] for place in alive]
             for lane in (*self._lanes, *([] if self._draft is None else [self._draft])):
                 lane.keep(alive)
+                # The longest row may be among those that left.
+                if isinstance(lane, Lane) and lane.has_holes:
+                    lane.pack()
             self.controls.keep(alive)
             self._tokens = self._tokens[alive]
 

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, W tokens that may be gues
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,11 @@ class DraftModel(nn.Module):
         self.config = small_config(model.config, layers)
         self.config._attn_implementation = "sdpa"
         self.layers_from = list(layers)
-        self.decoder = cast_weights(type(decoder)(self.config).to(model.device), model.dtype)
+        # Embeddings of its own would be made only to be thrown away: gigabytes, for a large model.
+        bare = copy.deepcopy(self.config)
+        bare.vocab_size, bare.pad_token_id = 1, None
+        self.decoder = cast_weights(type(decoder)(bare).to(model.device), model.dtype)
+        self.decoder.config = self.config
         self.decoder.set_input_embeddings(model.get_input_embeddings())
         width = int(self.config.hidden_size)
         like = {"device": model.device, "dtype": model.dtype}

@@ -1,13 +1,15 @@
-"""On-policy rounds: the doctor answers prompts itself, the patient's read-out rewards every token, TFPO goes on.
+"""On-policy rounds: prompts are answered under the doctor's guidance, the patient's read-out rewards every token.
 
-On pairs a doctor learns from what the patient says; guiding, it writes other texts, and there it has learned nothing.
-So in each round it answers prompts by itself, two answers a prompt, and is trained on those. Nobody has labelled them:
-the rewards are the read-out's (`rewards.readout`), whose R is a Bradley-Terry reward in nats, so that zero loss means
+On pairs a doctor learns from what the patient says; guided by it, the patient writes other texts, and there the doctor
+has learned nothing. So in each round prompts are answered as they will be, two answers a prompt, and it is trained on
+those: by the patient with the doctor as its guide at β = 1, which is the doctor alone where its base is the patient.
+Nobody has labelled them: the rewards are the read-out's (`rewards.readout`), whose R is a Bradley-Terry reward in nats,
+so that zero loss means
 
     π̂(y|x) ∝ π_ref(y|x) · exp(R(x, y) / η),        the optimum of RLHF with KL weight η.
 
-Sub-trajectory balance is exact on answers from anywhere (Madan et al. 2023, arXiv 2209.12782), so an answer may be a
-few steps older than the weights that it trains. Measured in docs/research/2026-11-25-rounds.md.
+Sub-trajectory balance is exact on answers from anywhere (Madan et al. 2023, arXiv 2209.12782), so an answer may be
+another model's, and a few steps older than the weights that it trains. Measured in docs/research/2026-11-25-rounds.md.
 Shapes: B prompts, 2B answers, L tokens.
 """
 
@@ -17,6 +19,7 @@ import copy
 import json
 import math
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path
@@ -44,10 +48,11 @@ from llmdoctor.tfpo.trainer import TFPOTrainer, with_reference
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """How a doctor learns from its own answers.
+    """How a doctor learns from answers under its own guidance.
 
     Attributes:
-        rounds: how many times it answers prompts itself and learns from that; 0 learns from the pairs instead.
+        rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
+            pairs instead.
         pairs_first: learn from the pairs before the rounds.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
@@ -136,6 +141,7 @@ class RoundsTrainer(TFPOTrainer):
         prompts: conversations as JSON, from which each round's are drawn.
         judge: gives rewards.
         max_new_tokens: longest answer.
+        patient: the model that answers, guided by the doctor; None where it is the doctor's own base.
         eval_dataset: rows of pairs.
         told: called with what begins and how many answers it draws, then with "" and the number of those just drawn.
 
@@ -152,6 +158,7 @@ class RoundsTrainer(TFPOTrainer):
         judge: TokenJudge,
         max_new_tokens: int,
         *,
+        patient: LoadedModel | None = None,
         eval_dataset: Any = None,
         told: Callable[[str, int], None] | None = None,
         **kwargs: Any,
@@ -173,6 +180,7 @@ class RoundsTrainer(TFPOTrainer):
         self.options = options
         self.prompts = list(prompts)
         self.judge = judge
+        self.patient = patient
         self.max_new_tokens = max_new_tokens
         self.told = told
         self._collate_rows: Any = self.data_collator  # type: ignore[has-type]
@@ -227,7 +235,8 @@ class RoundsTrainer(TFPOTrainer):
             [rng.getrandbits(48) for _ in conversations],
             self.max_new_tokens,
             self.options.round_batch_size,
-            None if told is None else lambda drawn: told("", drawn),
+            patient=self.patient,
+            told=None if told is None else lambda drawn: told("", drawn),
         )
         rewards = self.judge(conversations, [ids for ids, _ in answers], [ended for _, ended in answers])
         rows: list[dict[str, Any]] = []
@@ -263,22 +272,46 @@ def draw_answers(
     seeds: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    *,
+    patient: LoadedModel | None = None,
     told: Callable[[int], None] | None = None,
 ) -> list[tuple[list[int], bool]]:
-    """An answer of the doctor alone to each conversation: its ids, and whether it ended by itself.
+    """An answer to each conversation, in the doctor's ids, and whether it ended by itself.
 
-    Drawn from a copy with the adapter merged, which is gone afterwards.
+    By the doctor alone, or by the `patient` with the doctor as its guide (ratio form, β = 1), whose words are then
+    split anew if it has another tokenizer. Drawn from a copy of the doctor, which is gone afterwards.
 
     Raises:
         UserError: a prompt that leaves no room in the context.
     """
-    decoder = GuidedDecoder(copy.deepcopy(doctor).merged(), max_batch_size=batch_size)
+    decoder = _decoder(doctor, patient, batch_size)
+    betas = dict.fromkeys(decoder.names, 1.0)
     requests = [
-        Request(messages, sampling=SamplingParams(max_new_tokens=max_new_tokens, seed=seed))
+        Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=max_new_tokens, seed=seed))
         for messages, seed in zip(conversations, seeds, strict=True)
     ]
     done = decoder.generate(requests, on_done=None if told is None else lambda _, __: told(1))
-    return [(completion.token_ids, completion.finish_reason == "stop") for completion in done]
+    ended = [completion.finish_reason == "stop" for completion in done]
+    if decoder.lanes[-1].translation is None:
+        return [(completion.token_ids, end) for completion, end in zip(done, ended, strict=True)]
+    # An answer that was cut may end within a character.
+    texts = [
+        completion.text if end else completion.text.rstrip("\ufffd")
+        for completion, end in zip(done, ended, strict=True)
+    ]
+    return [(doctor.encoder.completion(text, end).ids, end) for text, end in zip(texts, ended, strict=True)]
+
+
+def _decoder(doctor: Doctor, patient: LoadedModel | None, batch_size: int) -> GuidedDecoder:
+    if patient is None:
+        return GuidedDecoder(copy.deepcopy(doctor).merged(), max_batch_size=batch_size)
+    config = doctor.doctor_config
+    plain = copy.deepcopy(doctor.lm).unload().eval()
+    base = LoadedModel(plain, doctor.tokenizer, config.base, dict(config.base_fingerprint))
+    with tempfile.TemporaryDirectory() as scratch:
+        doctor.save_pretrained(folder := Path(scratch) / "doctor")
+        guide = load_guide(folder, patient, name="doctor", base=base)
+    return GuidedDecoder(patient, [guide], max_batch_size=batch_size)
 
 
 class _Places(Dataset[int]):

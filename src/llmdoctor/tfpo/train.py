@@ -25,7 +25,7 @@ from llmdoctor.rewards.readout import Readout, fit_readout_to_ids
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, TokenJudge
+from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer
 from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
 
 _log = logging.getLogger(__name__)
@@ -221,13 +221,14 @@ def _rounds_trainer(
     doctor: Doctor,
     config: TFPOConfig,
     rounds: RoundOptions,
-    judge: TokenJudge,
+    judge: ReadoutJudge,
     train_set: Any,
     eval_set: Any,
     told: Told,
     callbacks: list[TrainerCallback],
 ) -> RoundsTrainer:
     most = config.max_prompt_length
+    patient = judge.readout.patient
     prompts = [
         prompt
         for prompt in dict.fromkeys(train_set["prompt"])
@@ -239,9 +240,10 @@ def _rounds_trainer(
     length = rounds.round_max_new_tokens or longest
     if eval_set is not None:
         told("reading the pairs held out", len(eval_set))
+    on_patient = patient.fingerprint.get("model") == doctor.doctor_config.base_fingerprint.get("model")
     return RoundsTrainer(
-        doctor, config, rounds, prompts, judge, length, eval_dataset=eval_set, told=told, callbacks=callbacks,
-        progress=lambda units: told("", units),
+        doctor, config, rounds, prompts, judge, length, patient=None if on_patient else patient,
+        eval_dataset=eval_set, told=told, callbacks=callbacks, progress=lambda units: told("", units),
     )  # fmt: skip
 
 
