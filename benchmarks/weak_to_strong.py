@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.record import record
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, PATIENT
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import Chosen, mixed_at_kl
@@ -31,6 +31,9 @@ from llmdoctor.cli.progress import Progress
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.shrink.make import RECORD_NAME
+
+WEAK = (DOCTOR, "llmdoctor_onset", DOCTOR_OF_PAIRS, "dpo")
+"""Methods that are trained on the small model."""
 
 
 def opened(folder: Path, base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
@@ -78,11 +81,10 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
     weak = opened(arguments.work / "weak", str(arguments.base), task, arguments, progress)
     strong.decode([CONTENDERS[PATIENT]])
     share(strong, weak, task)
-    weak.decode([CONTENDERS[DOCTOR], CONTENDERS["dpo"]])
+    weak.decode([CONTENDERS[name] for name in WEAK])
     strong.decode([CONTENDERS["dpo"]])
     points = {
-        ("weak", DOCTOR): weak.points(task, CONTENDERS[DOCTOR]),
-        ("weak", "dpo"): weak.points(task, CONTENDERS["dpo"]),
+        **{("weak", name): weak.points(task, CONTENDERS[name]) for name in WEAK},
         ("strong", "dpo"): strong.points(task, CONTENDERS["dpo"]),
     }
     patient = strong.patient(task)

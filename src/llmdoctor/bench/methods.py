@@ -31,7 +31,7 @@ class Built:
 
     Attributes:
         decoder: the method.
-        request: `Request`'s alpha and betas.
+        request: `Request`'s alpha, betas and onset.
         sampling: `SamplingParams` beside length and seed.
         samples: answers a prompt.
     """
@@ -77,12 +77,16 @@ def _patient_alone(samples: int = 1, **sampling: Any) -> Build:
 
 
 def guided(kind: str, form: str) -> Build:
-    """Guided decoding with a trained guide, in ratio or product form; the setting holds `beta`, perhaps `alpha`."""
+    """Guided decoding with a trained guide, in ratio or product form.
+
+    The setting holds `beta`, perhaps `alpha` and `onset`.
+    """
 
     def build(kit: Kit, seed: int, setting: Setting) -> Built:
         guide = kit.guide(kind, seed, form)
         decoder = GuidedDecoder(kit.patient, [guide], max_batch_size=kit.options.batch_size)
-        return Built(decoder, {"alpha": setting.get("alpha", 1.0), "betas": {guide.name: setting["beta"]}}, {})
+        request = {"alpha": setting.get("alpha", 1.0), "betas": {guide.name: setting["beta"]}}
+        return Built(decoder, request | {"onset": int(setting.get("onset", 0))}, {})
 
     return build
 
@@ -162,6 +166,8 @@ CONTENDERS: Mapping[str, Contender] = {
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender(DOCTOR_OF_PAIRS, "LLMdoctor, trained on the pairs", "this project; arXiv 2601.10416",
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",)),
+        Contender("llmdoctor_onset", "LLMdoctor, β growing over 4 tokens", "this project",
+                  _grid("beta", 1, 2, 3, 4, onset=4.0), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
