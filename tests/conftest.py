@@ -6,6 +6,9 @@ import os
 
 # As llmdoctor.threads.spin_briefly, before anything can load torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes side by side with a thread each do more than threads that wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -275,7 +275,7 @@ def test_bad_input(patient: LoadedModel, tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_the_real_patient(tmp_path: Path) -> None:
-    patient = load_model("builtin:smollm2", dtype="bfloat16", device="cpu")
+    patient = load_model("builtin:smollm2", device="cpu")
     options = DraftOptions(tokens=800, epochs=2, max_new_tokens=40, held_out=4, batch_tokens=128)
     record = make_draft(patient, load_prompts("builtin:prompts/train", limit=24), tmp_path / "draft", options=options)
     assert record["layers"] == [29]

@@ -279,7 +279,7 @@ def test_bad_input(patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.model
 def test_the_real_patient(tmp_path: Path) -> None:
     """Five of thirty layers have nothing in common with the patient; forty short steps halve the divergence."""
-    patient = load_model("builtin:smollm2", dtype="bfloat16", device="cpu")
+    patient = load_model("builtin:smollm2", device="cpu")
     options = ShrinkOptions(tokens=800, epochs=2, max_new_tokens=40, held_out=4, batch_tokens=128)
     record = shrink(patient, load_prompts("builtin:prompts/train", limit=24), tmp_path / "small", options=options)
     assert record["layers"] == [0, 1, 2, 3, 29]
@@ -288,6 +288,6 @@ def test_the_real_patient(tmp_path: Path) -> None:
     assert before["acceptance"] < 0.02
     assert after["acceptance"] > 0.05
     assert after["kl"] < before["kl"] / 2
-    small = load_model(str(tmp_path / "small"), dtype="bfloat16", device="cpu")
+    small = load_model(str(tmp_path / "small"), device="cpu")
     assert small.fingerprint["tokenizer"] == patient.fingerprint["tokenizer"]
     assert GuidedDecoder(small).generate([Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=4))])
