@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import record
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, PATIENT
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, PATIENT, Contender
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import Chosen, mixed_at_kl
@@ -32,8 +33,15 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.shrink.make import RECORD_NAME
 
-WEAK = (DOCTOR, "llmdoctor_onset", DOCTOR_OF_PAIRS, "dpo")
-"""Methods that are trained on the small model."""
+
+def at(name: str, *betas: float) -> Contender:
+    """A method of the arena at some of its settings."""
+    whole = CONTENDERS[name]
+    return replace(whole, settings=tuple(setting for setting in whole.settings if setting["beta"] in betas))
+
+
+WEAK = (at(DOCTOR, 0.5, 1, 2, 3), at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
+STRONG = at("dpo", 0.5, 1)
 
 
 def opened(folder: Path, base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
@@ -81,16 +89,13 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
     weak = opened(arguments.work / "weak", str(arguments.base), task, arguments, progress)
     strong.decode([CONTENDERS[PATIENT]])
     share(strong, weak, task)
-    weak.decode([CONTENDERS[name] for name in WEAK])
-    strong.decode([CONTENDERS["dpo"]])
-    points = {
-        **{("weak", name): weak.points(task, CONTENDERS[name]) for name in WEAK},
-        ("strong", "dpo"): strong.points(task, CONTENDERS["dpo"]),
-    }
-    patient = strong.patient(task)
-    ladder = [patient, *points["weak", DOCTOR]]
-    rows = [{"size": "strong", **patient.figures()}]
-    rows += [{"size": size, **point.figures()} for (size, _), found in points.items() for point in found]
+    weak.decode(WEAK)
+    strong.decode([STRONG])
+    patient, opponents = strong.patient(task), strong.points(task, STRONG)
+    guided = [point for contender in WEAK for point in weak.points(task, contender)]
+    ladder = [patient, *weak.points(task, WEAK[0])]
+    rows = [{"size": "strong", **point.figures()} for point in (patient, *opponents)]
+    rows += [{"size": "weak", **point.figures()} for point in guided]
     return {
         "benchmark": "weak_to_strong",
         "quick": arguments.quick,
@@ -101,7 +106,7 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
         "shrink": {"options": made["options"], "held_out": made["held_out"]["after"]},
         "seeds": strong.options.seeds,
         "dtype": strong.kits[task.name].patient.fingerprint["dtype"],
-        "comparisons": [comparison(strong, task, ladder, point) for point in points["strong", "dpo"]],
+        "comparisons": [comparison(strong, task, ladder, point) for point in opponents],
         "rows": rows,
     }
 
