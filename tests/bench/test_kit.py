@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS, Kit
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
-from llmdoctor.rewards.acquire import RewardOptions
+from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
+from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.train import train_doctor
 
 SCORED = ("rewards", "pos_logps", "neg_logps")
@@ -40,6 +42,39 @@ def test_pairs_are_the_same_for_all_and_a_part_is_their_beginning(
     assert every.pairs() == every.pairs()
     assert few.pairs() == every.pairs()[:5]
     assert len({(pair.chosen, pair.rejected) for pair in every.pairs()}) == 12
+
+
+def test_shards_that_want_the_token_rewards_at_once_wait_for_each_other(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three asks while another is making them; the first makes all, the others find them whole."""
+    inside, most = [0], [0]
+    scored: list[list[list[float]]] = []
+    asking = threading.Barrier(3)
+
+    def watched(*args: Any, **kwargs: Any) -> RewardStore:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        store = acquire_rewards(*args, **kwargs)
+        scored.append([row["chosen_rewards"] for row in store.rows()])
+        inside[0] -= 1
+        return store
+
+    monkeypatch.setattr("llmdoctor.rewards.acquire.acquire_rewards", watched)
+
+    def ask() -> None:
+        kit, _ = kit_of(tiny_folder, bench_sources, tmp_path)
+        asking.wait()
+        kit.rewards()
+
+    shards = [threading.Thread(target=ask) for _ in range(3)]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+    assert most == [1]
+    assert scored == [scored[0]] * 3
+    assert len(scored[0]) == 12
 
 
 @pytest.mark.parametrize("kind", TRAINED)
