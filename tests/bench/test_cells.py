@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -362,6 +363,30 @@ def test_shards_make_together_what_one_process_makes(tiny_folder: Path, bench_so
     assert set(one) == set(other)
     for name, (_, content) in one.items():
         assert answers_of(content) == answers_of(other[name][1]), name
+
+
+def test_shards_that_want_the_same_answers_draw_them_once(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    """The patient's answers of a seed, which two tasks' best-of-n choose from, are asked for by both at once."""
+    arenas = [arena_of(tiny_folder, bench_sources, tmp_path, tasks=tasks_of(bench_sources)) for _ in range(2)]
+    asking = threading.Barrier(2)
+    found: dict[int, list[str]] = {}
+
+    def ask(number: int) -> None:
+        arena, _ = arenas[number]
+        asking.wait()
+        cell = arena.cells.get(arena.tasks[number], CONTENDERS[PATIENT], {}, 0)
+        found[number] = [answer.text for answer in cell.answers]
+
+    shards = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+    assert found[0] == found[1]
+    assert [step for _, told in arenas for step in told.started] == ["seed 0: patient"]
+    assert [path.name for path in (tmp_path / "raw" / "any" / PATIENT).iterdir()] == ["only-seed0.jsonl.gz"]
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/", "/2", "a/2", "1/b", "-1/2", "1/0", "1.0/2", "1/2/3"])

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llmdoctor.baselines.best_of_n import BestOfN, Rewarder, best_of_n_kl
 from llmdoctor.bench.judging import finite_rewards
 from llmdoctor.bench.kit import READOUT, Kit, Steps
@@ -97,9 +99,15 @@ class Cells:
         path = self._path(task, contender, setting, seed, variant)
         stamp = self._stamp(task, contender, setting, seed)
         if not path.is_file():
-            cell = self._decode(task, contender, setting, seed, variant)
-            # Recorded, not compared: another precision changes answers no more than another processor does.
-            _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.with_name(f".{path.name}.lock")
+            # Another shard may be drawing them at this moment: the patient's answers serve several.
+            with FileLock(lock):
+                if not path.is_file():
+                    cell = self._decode(task, contender, setting, seed, variant)
+                    # Recorded, not compared: another precision changes answers no more than another processor does.
+                    _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
+                lock.unlink(missing_ok=True)
         return self._read(path, stamp)
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
