@@ -78,9 +78,13 @@ def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -
 
 def shrunk(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder} holds no {RECORD_NAME}; make it with: llmdoctor shrink -o {folder}") from error
+        made = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        figures = {name: made[name] for name in ("layers", "of_layers", "weights_read", "options")}
+        return {**figures, "held_out": made["held_out"]["after"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / RECORD_NAME} is missing or broken ({error}); make it with: llmdoctor shrink -o {folder}"
+        ) from error
 
 
 def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> dict[str, Any]:
@@ -100,10 +104,7 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
         "benchmark": "weak_to_strong",
         "quick": arguments.quick,
         "task": task.name,
-        "layers": made["layers"],
-        "of_layers": made["of_layers"],
-        "weights_read": made["weights_read"],
-        "shrink": {"options": made["options"], "held_out": made["held_out"]["after"]},
+        "base": made,
         "seeds": strong.options.seeds,
         "dtype": strong.kits[task.name].patient.fingerprint["dtype"],
         "comparisons": [comparison(strong, task, ladder, point) for point in opponents],
@@ -112,11 +113,11 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"{'':7} {'method':10} {'setting':12} {'score':>6} {'KL':>6} {'dist-4':>7} {'perplexity':>10}")
+    print(f"{'':7} {'method':16} {'setting':16} {'score':>6} {'KL':>6} {'dist-4':>7} {'perplexity':>10}")
     for row in result["rows"]:
         setting = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
         print(
-            f"{row['size']:7} {row['method']:10} {setting:12} {row['score']:>6.3f} {row['kl']:>6.1f} "
+            f"{row['size']:7} {row['method']:16} {setting:16} {row['score']:>6.3f} {row['kl']:>6.1f} "
             f"{row['distinct_4']:>7.3f} {row['perplexity']:>10.1f}"
         )
     for row in result["comparisons"]:

@@ -50,12 +50,15 @@ def test_shards_that_want_the_token_rewards_at_once_wait_for_each_other(
     """Each of three asks while another is making them; the first makes all, the others find them whole."""
     inside, most = [0], [0]
     scored: list[list[list[float]]] = []
+    written: set[int] = set()
     asking = threading.Barrier(3)
 
     def watched(*args: Any, **kwargs: Any) -> RewardStore:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         store = acquire_rewards(*args, **kwargs)
+        # Read anew, the log-likelihoods would lie in younger files.
+        written.add(max(path.stat().st_mtime_ns for path in (store.folder / "logps").iterdir()))
         scored.append([row["chosen_rewards"] for row in store.rows()])
         inside[0] -= 1
         return store
@@ -73,6 +76,7 @@ def test_shards_that_want_the_token_rewards_at_once_wait_for_each_other(
     for shard in shards:
         shard.join()
     assert most == [1]
+    assert len(written) == 1
     assert scored == [scored[0]] * 3
     assert len(scored[0]) == 12
 

@@ -81,7 +81,7 @@ def test_compare_shows_patient_and_guided_and_goes_on_with_the_guided(chat, aske
         ("/alpha high", "/alpha takes a number, got 'high'"),
         ("/alpha nan", "/alpha takes a number, got 'nan'"),
         ("/beta kind 1", "say which doctor: /beta NAME X; loaded: positive"),
-        ("/onset -1", "/onset takes a whole number from 0, got '-1'"),
+        ("/onset -1", "/onset takes a whole number from 0 to 999999, got '-1'"),
         ("/temperature -1", "temperature must be at least 0, got -1.0"),
         ("7" * 600, "leaves no room"),
     ],

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.decoding.test_lane import close, whole
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from llmdoctor.decoding.cache import InPlaceLayer
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import lanes_of
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Request, SamplingParams
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, load_model
 
 PROMPTS = [[5, 9, 200], [40, 41, 42, 43, 44, 45, 46]]
 
@@ -70,6 +72,41 @@ def test_rows_that_join_make_no_room_for_all_that_can_come(tiny_model: LoadedMod
         close(got, whole(spec, row))
 
 
+@torch.inference_mode()
+def test_no_more_is_spare_than_can_still_come(tiny_model: LoadedModel) -> None:
+    """400 tokens of a prompt and 100 more make 500 columns, however often the buffers were made anew."""
+    spec = lanes_of(tiny_model, [])[0][0]
+    lane = Lane(spec, [[7] * 400], 100)
+    lane.prefill()
+    for _ in range(100):
+        lane.step(torch.tensor([3]))
+    assert columns(lane) == {500}
+    # More than was foreseen has its place, too, and not one column at a time.
+    lane.step(torch.tensor([4]))
+    assert columns(lane) == {501 + 64}
+
+
+def test_a_window_keeps_its_columns_when_the_longest_row_leaves(
+    tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    decoder = GuidedDecoder(load_model(str(tmp_path), dtype="float32", device="cpu"))
+    asked = [request("the cat sat on the mat " * 20, 3, seed) for seed in (0, 1)]
+    asked += [request("Hi", 40, seed) for seed in range(2, 6)]
+    alone = [decoder.generate([one])[0].token_ids for one in asked]
+    assert [done.token_ids for done in decoder.generate(asked)] == alone
+
+
+def request(text: str, tokens: int, seed: int) -> Request:
+    return Request.from_text(text, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
+
+
 def test_the_longest_row_takes_its_columns_with_it(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
     step = Lane.step_states
@@ -78,9 +115,6 @@ def test_the_longest_row_takes_its_columns_with_it(tiny_model: LoadedModel, monk
         states = step(self, *args)
         widths.append(self.mask.shape[1])
         return states
-
-    def request(text: str, tokens: int, seed: int) -> Request:
-        return Request.from_text(text, sampling=SamplingParams(max_new_tokens=tokens, seed=seed))
 
     decoder = GuidedDecoder(tiny_model)
     asked = [request("the cat sat on the mat " * 20, 3, seed) for seed in (0, 1)]

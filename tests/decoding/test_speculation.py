@@ -14,9 +14,11 @@ from tests.tiny import fresh_doctor, load, shaken
 from torch import Tensor
 
 from llmdoctor.data.prompts import load_prompts
+from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.lane import Lane
+from llmdoctor.decoding.mixture import Mixture
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import RANKS
@@ -118,6 +120,39 @@ def test_no_token_changes(
     tokens = sum(len(done.token_ids) for done in found)
     assert sum(done.guessed for done in found) > tokens / 2
     assert 0 < sum(done.guesses_held for done in found) < tokens
+
+
+@pytest.mark.parametrize("tree", [TREES[1], TREES[3]], ids=["chain", "tree"])
+def test_guesses_are_made_at_the_strength_of_their_place(
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch, tree: Tree
+) -> None:
+    """β · min(1, (t + 1) / 6): of each guess, too, t tokens being said or guessed before it."""
+    always(monkeypatch, tree)
+    guess, scores = Ward._guess, Mixture.scores
+    guessing: list[list[float]] = []
+    heard: list[tuple[list[float], list[float]]] = []
+
+    def noted(self: Ward, tree: Tree, inner: Any, says: Any) -> None:
+        depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
+        said = [len(row.completion.token_ids) + depth for row in self.rows for _ in inner]
+        guessing.append([min(1.0, (count + 1) / 6) for count in said])
+        guess(self, tree, inner, says)
+        guessing.clear()
+
+    def listened(self: Mixture, logits: Any, controls: Controls) -> Any:
+        if guessing:
+            heard.append((guessing[0], controls.betas.flatten().tolist()))
+        return scores(self, logits, controls)
+
+    monkeypatch.setattr(Ward, "_guess", noted)
+    monkeypatch.setattr(Mixture, "scores", listened)
+    sampling = SamplingParams(max_new_tokens=12, seed=3)
+    asked = [Request.from_text(text, betas={"beside": 1.0}, sampling=sampling, onset=5) for text in TEXTS[:2]]
+    GuidedDecoder(patient, guides[:1], draft=draft, max_guesses=12).generate(asked)
+    assert any(min(expected) < 1 for expected, _ in heard)
+    assert any(min(expected) == 1 for expected, _ in heard)
+    for expected, betas in heard:
+        assert betas == pytest.approx(expected)
 
 
 def test_left_to_itself_it_changes_no_token_either(

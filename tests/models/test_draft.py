@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_it_begins_as_the_patients_layers_on_the_sum_of_embedding_and_state(pati
         for parameter in draft.own_weights().values():
             parameter.add_(1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(patient.model).items())
+
+
+def test_it_makes_no_embeddings_of_its_own(patient: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary's would be gigabytes, made to be thrown away."""
+    made: list[int] = []
+    init = torch.nn.Embedding.__init__
+
+    def counted(self: Any, rows: int, *args: Any, **kwargs: Any) -> None:
+        made.append(rows)
+        init(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Embedding, "__init__", counted)
+    draft = DraftModel.from_layers(patient.model, [1], torch.arange(250))
+    assert made == [1]
+    assert draft.get_input_embeddings() is patient.model.get_input_embeddings()
+    assert draft.config.vocab_size == patient.model.config.vocab_size
 
 
 @pytest.mark.parametrize("finish", [None, LogitsFinish(scale=0.5, cap=4.0)])

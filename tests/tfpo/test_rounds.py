@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tests.tiny import (
+    LORA,
     OTHER_CORPUS,
     acquire,
     byte_level,
@@ -24,6 +25,7 @@ from tests.tiny import (
     some_pairs,
     tensors,
 )
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.engine import GuidedDecoder
@@ -31,9 +33,11 @@ from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.readout import Readout, fit_readout
 from llmdoctor.rewards.store import RewardStore
-from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, draw_answers
+from llmdoctor.tfpo import rounds
+from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering, draw_answers
 from llmdoctor.tfpo.train import READOUT_FOLDER, DoctorOptions, train_doctor
 
 OPTIONS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5)
@@ -62,9 +66,11 @@ def prompts_of(count: int) -> list[str]:
     return [json.dumps([{"role": "user", "content": f"{number} cats"}]) for number in range(count)]
 
 
-def rounds_of(doctor: Doctor, folder: Path, judge: Any, options: RoundOptions = OPTIONS, **more: Any) -> RoundsTrainer:
-    settings = config(folder, per_device_train_batch_size=2, learning_rate=5e-3, **more)
-    return RoundsTrainer(doctor, settings, options, prompts_of(6), judge, 5)
+def rounds_of(
+    doctor: Doctor, folder: Path, judge: Any, options: RoundOptions = OPTIONS, patient: LoadedModel | None = None
+) -> RoundsTrainer:
+    settings = config(folder, per_device_train_batch_size=2, learning_rate=5e-3)
+    return RoundsTrainer(doctor, settings, options, prompts_of(6), judge, 5, patient=patient)
 
 
 def test_rows_are_the_doctors_answers_with_the_judges_rewards(tiny_folder: Path, tmp_path: Path) -> None:
@@ -168,9 +174,12 @@ def test_training_comes_near_the_tilted_reference(tiny_folder: Path, tmp_path: P
     assert distance() < 0.2 * start
 
 
-def test_a_killed_run_ends_with_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["the doctor", "the patient"])
+def test_a_killed_run_ends_with_the_same_weights(tiny_folder: Path, tmp_path: Path, who: str) -> None:
+    """Whoever answers."""
+    patient = load(tiny_folder) if who == "the patient" else None
     whole = fresh_doctor(load(tiny_folder))
-    rounds_of(whole, tmp_path / "whole", Likes(7)).train()
+    rounds_of(whole, tmp_path / "whole", Likes(7), patient=patient).train()
 
     class Dies(Likes):
         def __call__(self, *args: Any) -> Any:
@@ -179,11 +188,11 @@ def test_a_killed_run_ends_with_the_same_weights(tiny_folder: Path, tmp_path: Pa
             return super().__call__(*args)
 
     with pytest.raises(KeyboardInterrupt):
-        rounds_of(fresh_doctor(load(tiny_folder)), tmp_path / "cut", Dies(7)).train()
+        rounds_of(fresh_doctor(load(tiny_folder)), tmp_path / "cut", Dies(7), patient=patient).train()
     kept = [path.name for path in sorted((tmp_path / "cut").glob("checkpoint-*"))]
     assert kept == ["checkpoint-3"], "a checkpoint stands at the end of each round"
     doctor, judge = fresh_doctor(load(tiny_folder)), Likes(7)
-    trainer = rounds_of(doctor, tmp_path / "cut", judge)
+    trainer = rounds_of(doctor, tmp_path / "cut", judge, patient=patient)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert len(judge.asked) == 12, "the first round's answers were there"
     expected, found = tensors(whole), tensors(doctor)
@@ -242,20 +251,80 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
         train_doctor(load(tiny_folder), store, config(tmp_path / "other"), rounds=OPTIONS, patient=other)
 
 
-def test_rounds_of_a_doctor_on_another_base(tiny_folder: Path, tmp_path: Path, store: RewardStore) -> None:
-    """It is trained to the end, on rows in its own tokens beside what its own base says of them."""
+def test_rounds_of_a_doctor_on_another_base(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained to the end, on what the patient said, in its own tokens and beside what its own base says of them."""
+    asked: list[tuple[Any, int, int]] = []
+    answer = rounds.draw_answers
+
+    def noted(doctor: Doctor, conversations: Any, seeds: Any, most: int, *args: Any, **kwargs: Any) -> Any:
+        asked.extend((messages, seed, most) for messages, seed in zip(conversations, seeds, strict=True))
+        return answer(doctor, conversations, seeds, most, *args, **kwargs)
+
+    monkeypatch.setattr(rounds, "draw_answers", noted)
     base = load(save_tiny(tmp_path / "base", byte_level(300, OTHER_CORPUS), seed=5))
     folder = train_doctor(
         base, store, config(tmp_path / "doctor", save_strategy="epoch"), rounds=OPTIONS,
         options=DoctorOptions(lora_rank=2, eval_fraction=0.15), patient=load(tiny_folder),
     )  # fmt: skip
     assert json.loads((folder / "doctor.json").read_text())["base"] == str(tmp_path / "base")
+    longest = max(len(row[f"{side}_ids"]) for row in store.rows(12) for side in ("chosen", "rejected"))
+    assert {most for _, _, most in asked} == {longest}, "as long as the longest response in the patient's tokens"
     own = load(tmp_path / "base")
     encoder = ChatEncoder.for_model(own.model, own.tokenizer)
-    for row in pq.read_table(folder / "checkpoints" / "rounds" / "rows" / "000.parquet").to_pylist():
+    # Before the first step the doctor changes nothing.
+    alone = GuidedDecoder(load(tiny_folder)).generate(
+        [
+            Request(messages, sampling=SamplingParams(max_new_tokens=longest, seed=seed))
+            for messages, seed, _ in asked[: 2 * 8]
+        ]
+    )
+    rows = pq.read_table(folder / "checkpoints" / "rounds" / "rows" / "000.parquet").to_pylist()
+    found = []
+    for row in rows:
         for side in ("chosen", "rejected"):
-            expected = naive_logps(own.model, encoder.prompt_ids(json.loads(row["prompt"])), row[f"{side}_ids"])
+            ids, end = row[f"{side}_ids"], row[f"{side}_terminal"]
+            found.append(encoder.decode(ids[:-1] if end else ids))
+            expected = naive_logps(own.model, encoder.prompt_ids(json.loads(row["prompt"])), ids)
             torch.testing.assert_close(torch.tensor(row[f"{side}_ref_logps"]).double(), expected, atol=1e-4, rtol=1e-4)
+    assert set(found) <= {completion.text.rstrip("\ufffd") for completion in alone}
+    assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("base", ["fast", "through transformers"])
+def test_an_untrained_doctor_on_another_base_changes_nothing(
+    tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path, base: str
+) -> None:
+    """In bfloat16, which shows whether doctor and reference are one model in one precision."""
+    folder = save_tiny(tmp_path / "base", tiny_tokenizer, seed=5)
+    if base != "fast":
+        torch.manual_seed(0)
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                          num_attention_heads=4, max_position_embeddings=512, initializer_range=0.2)
+        ).save_pretrained(folder)  # fmt: skip
+    loaded = load_model(str(folder), dtype="bfloat16", device="cpu")
+    targets = LORA["target_modules"] if base == "fast" else ["query_key_value", "dense_4h_to_h"]
+    doctor = Doctor.from_base(loaded, lora={**LORA, "target_modules": targets})
+    decoder = answering(doctor, load(tiny_folder), 4)
+    (done,) = decoder.generate([Request.from_text("Hi", betas={"doctor": 1.0})])
+    assert done.logps == pytest.approx(done.patient_logps, abs=1e-5)
+
+
+def test_an_answer_that_is_longer_in_the_doctors_tokens_is_cut_at_its_context(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = load(save_tiny(tmp_path / "base", byte_level(259, OTHER_CORPUS), context=80))
+    doctor = shaken(fresh_doctor(base))
+    conversations = [tuple(json.loads(prompt)) for prompt in prompts_of(6)]
+    drawn = draw_answers(doctor, conversations, list(range(6)), 60, 6, patient=load(tiny_folder))
+    lengths = [
+        len(doctor.encoder.prompt_ids(messages)) + len(ids)
+        for messages, (ids, _) in zip(conversations, drawn, strict=True)
+    ]
+    assert max(lengths) == 80
+    assert not any(end for length, (_, end) in zip(lengths, drawn, strict=True) if length == 80)
 
 
 def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path: Path) -> None:
@@ -269,6 +338,46 @@ def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path:
     for ids, rewards, score in zip(answers, judge(prompts, answers, ended), expected, strict=True):
         assert len(rewards) == len(ids)
         assert sum(rewards) == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"eta": 0.3},
+            "eta 0.3 is a setting of the training on pairs, and these are rounds: give round_eta, or rounds 0",
+        ),
+        ({"leaf_coef": 0.0}, "give round_leaf_coef, or rounds 0"),
+        ({"branch_coef": 2.0}, "give round_branch_coef, or rounds 0"),
+        ({"leaf_beta": 0.2}, "give a round_leaf_coef with it, or rounds 0"),
+        ({"value_coef": 0.0}, "value_coef 0.0 .* leave it out, or give rounds 0"),
+        ({"value_margin": 0.2}, "leave it out, or give rounds 0"),
+    ],
+)
+def test_a_setting_that_rounds_do_not_go_by_is_refused(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore, settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_doctor(load(tiny_folder), store, config(tmp_path / "d", **settings), patient=load(tiny_folder))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds"),
+    [
+        ({"eta": 0.3}, replace(OPTIONS, rounds=0)),
+        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_first=True)),
+        ({"leaf_beta": 0.2}, replace(OPTIONS, rounds=1, round_leaf_coef=1.0)),
+    ],
+)
+def test_a_setting_that_something_goes_by_is_not(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore, settings: dict[str, float], rounds: RoundOptions
+) -> None:
+    settings = {"max_steps": 1, **settings}
+    folder = train_doctor(
+        load(tiny_folder), store, config(tmp_path / "d", **settings), rounds=rounds, patient=load(tiny_folder)
+    )
+    assert (folder / "doctor.json").is_file()
 
 
 def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:

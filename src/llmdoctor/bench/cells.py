@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llmdoctor.baselines.best_of_n import BestOfN, Rewarder, best_of_n_kl
 from llmdoctor.bench.judging import finite_rewards
@@ -100,14 +100,21 @@ class Cells:
         stamp = self._stamp(task, contender, setting, seed)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.with_name(f".{path.name}.lock")
-            # Another shard may be drawing them at this moment: the patient's answers serve several.
-            with FileLock(lock):
+            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                # Another shard is drawing them: the patient's answers serve several.
+                self.steps.say(f"waiting for another process that makes {path}")
+                lock.acquire()
+            try:
                 if not path.is_file():
                     cell = self._decode(task, contender, setting, seed, variant)
                     # Recorded, not compared: another precision changes answers no more than another processor does.
                     _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
-                lock.unlink(missing_ok=True)
+            finally:
+                lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
         return self._read(path, stamp)
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
@@ -133,7 +140,7 @@ class Cells:
         prompts = [[prompt.id, list(prompt.messages)] for prompt in self.prompts_of(contender)]
         return {
             "patient": options.patient,
-            # What learns nothing has no base.
+            # What learns nothing of a task has no base.
             "base": options.patient if contender.any_task else options.base or options.patient,
             "prompts": digest(prompts),
             "learned": digest({} if contender.any_task else learned),

@@ -182,8 +182,8 @@ class Conversation:
         self.run.say(self.settings())
 
     def _do_onset(self, text: str) -> None:
-        if not text.isdecimal():
-            raise UserError(f"/onset takes a whole number from 0, got {text!r}")
+        if not text.isdecimal() or len(text) > 6:
+            raise UserError(f"/onset takes a whole number from 0 to 999999, got {text!r:.40}")
         self.onset = int(text)
         self.run.say(self.settings())
 

@@ -279,7 +279,6 @@ def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results
 
 
 def _row(request: Request, completion: Completion) -> dict[str, Any]:
-    shift = [ours - theirs for ours, theirs in zip(completion.logps, completion.patient_logps, strict=True)]
     row = {
         "id": request.id,
         "prompt": list(request.messages),
@@ -290,8 +289,8 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         "alpha": request.alpha,
         "betas": dict(request.betas),
         "onset": request.onset,
-        # One sample of KL(guided ‖ patient) in nats: its mean over rows estimates the divergence a response, or bounds
-        # it where this is the best of several.
-        "kl_estimate": sum(shift) if completion.kl_bound is None else completion.kl_bound,
+        # One sample of KL(what was drawn from ‖ patient) in nats: its mean over rows estimates the divergence of a
+        # response, or bounds it where this is the best of several.
+        "kl_estimate": completion.kl,
     }
     return row if completion.unmapped_mass is None else row | {"unmapped_mass": completion.unmapped_mass}

@@ -93,6 +93,8 @@ Onset = Annotated[
     typer.Option(
         "--onset",
         metavar="N",
+        min=0,
+        max=1_000_000,
         help="Let the βs grow to their values over the first N tokens: a strong β then opens fewer answers alike.",
         rich_help_panel="Guidance",
     ),

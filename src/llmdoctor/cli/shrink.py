@@ -39,7 +39,7 @@ def shrink(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a small model from a patient: a doctor's base, or a draft model for speculative decoding.
+    """Make a small model from a patient: a base for doctors.
 
     It keeps some of the patient's layers and learns from the patient's own answers to give its distributions.
     A run that was cut goes on when the same command is given again.

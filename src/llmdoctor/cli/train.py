@@ -50,7 +50,8 @@ _Resume = Annotated[
 ]
 _DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.train", "DoctorOptions", panel="What is trained")]
 _Rounds = Annotated[
-    dict[str, Any], FieldsOf("llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds on its own answers")
+    dict[str, Any],
+    FieldsOf("llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds (none: --rounds 0)"),
 ]
 _GradientAccumulationSteps = Annotated[
     int,
@@ -83,7 +84,7 @@ def train(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a doctor on token rewards (stage 2), then in rounds on answers of its own.
+    """Train a doctor (stage 2): in rounds on answers under its own guidance, or on the token rewards of the pairs.
 
     A run that was cut goes on from its last checkpoint when the same command is given again.
 

@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place, and as large as what is in it, within a fifth."""
+"""A key-value cache that is written in place, and little larger than what is in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class InPlaceLayer(DynamicLayer):
     holes of every size. Room for all that may be appended would be as wrong: most answers end long before their limit.
 
     Args:
-        room: tokens that will be appended at most; so many columns are never spare.
+        room: tokens that will be appended at most, as far as is known; no more columns than that are spare.
     """
 
     def __init__(self, room: int) -> None:
@@ -30,10 +30,12 @@ class InPlaceLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, H, t, D] states; returns views of everything so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        else:
+            self._room -= key_states.shape[-2]
         if self._buffers is None or end > self._buffers[0].shape[-2]:
             self._grow(key_states, value_states, end + self._spare(end))
         assert self._buffers is not None
@@ -52,7 +54,7 @@ class InPlaceLayer(DynamicLayer):
     def join(self, other: InPlaceLayer, voices: int, room: int) -> None:
         """Append the rows of `other` to each of the `voices` that the rows are of; the last columns stand in line.
 
-        `room` more tokens fit afterwards.
+        At most `room` more tokens will be appended afterwards.
         """
         width = max(self.keys.shape[-2], other.keys.shape[-2])
         self._room = room
@@ -86,8 +88,10 @@ class InPlaceLayer(DynamicLayer):
         self.update(states[0], states[1])
 
     def _spare(self, columns: int) -> int:
-        """How many columns to allocate behind so many: copied again at every fifth that is added, as time allows."""
-        return min(self._room, max(_STEP, columns // 4))
+        """How many columns to allocate behind so many. What is there is copied again at every quarter that is added."""
+        # Columns that rows do not use, as guesses leave them, take up more room than was foreseen.
+        left = self._room if self._room > 0 else _STEP
+        return min(left, max(_STEP, columns // 4))
 
     def _grow(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         grown = []
@@ -101,7 +105,7 @@ class InPlaceLayer(DynamicLayer):
 
 
 def new_cache(config: Any, room: int) -> DynamicCache:
-    """A cache for a model of `config`; layers of full attention are written in place, up to `room` new tokens.
+    """A cache for a model of `config`; layers of full attention are written in place, `room` new tokens at most.
 
     Layers of other kinds (sliding window, linear attention, …) stay transformers' own.
     """

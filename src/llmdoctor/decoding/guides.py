@@ -48,7 +48,6 @@ def load_guide(
     *,
     name: str | None = None,
     form: str = "ratio",
-    base: LoadedModel | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -63,7 +62,6 @@ def load_guide(
         patient: the model it will guide.
         name: for requests; the doctor's dimension, else the folder's name, if None.
         form: "ratio" adds β (log π_doctor − log π_ref), "product" adds β log π_doctor.
-        base: the doctor's base model if already loaded, for a doctor whose base is not the patient.
         dtype, device, trust_remote_code: as `load_model`'s, for models that are loaded here; where the doctor is run in
             the patient's own pass, it works as the patient does.
 
@@ -75,7 +73,7 @@ def load_guide(
     folder = local_folder(path)
     config = DoctorConfig.load(folder)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    on_patient = all(config.base_fingerprint.get(key) == patient.fingerprint.get(key) for key in ("model", "tokenizer"))
+    on_patient = config.is_on(patient)
     # The same weights under another name will do: the recorded base may be a folder of another machine.
     spec = patient.spec if on_patient else config.base
     name = name or config.dimension or Path(path).name
@@ -88,7 +86,7 @@ def load_guide(
     reference: LoadedModel | Literal["patient"] | None = None
     if config.lora:
         # One copy of the base serves the doctor, its reference and, where it is the same, the patient.
-        base = patient if on_patient else base or load_model(spec, **options)
+        base = patient if on_patient else load_model(spec, **options)
         check_doctor(folder, config, base)
         adapter = None
         if network_of(base.model.get_decoder()) is not None:

@@ -95,8 +95,8 @@ class Lane:
 
     @property
     def has_holes(self) -> bool:
-        """Whether so many columns are unseen that `pack` pays."""
-        return self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
+        """Whether `pack` can drop columns that no row sees, and they are so many that it pays."""
+        return self.sees_everything and self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
 
     def prefill(self) -> Tensor:
         """Run the prompts; returns the logits [M·B, V] of each row's first token."""

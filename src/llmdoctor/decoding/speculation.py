@@ -95,14 +95,23 @@ class DraftLane:
     def end(self) -> None:
         """Forget the guesses."""
         self._lane.forget()
-        if self._lane.has_holes:
-            self._lane.pack()
+        if self.has_holes:
+            self.pack()
 
     def keep(self, places: list[int]) -> None:
         """Make the rows those at `places`."""
         self._lane.keep([place * self._voices + voice for place in places for voice in range(self._voices)])
         self._pending = [(tokens[places], mask[places], states[places]) for tokens, mask, states in self._pending]
         self._states = self._states[places]
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether `pack` pays."""
+        return self._lane.has_holes
+
+    def pack(self) -> None:
+        """Drop the columns that no row sees."""
+        self._lane.pack()
 
     def join(self, other: DraftLane, room: int) -> None:
         """Append the rows of `other`, a lane of the same draft and voices, into which `room` more tokens fit."""

@@ -138,13 +138,14 @@ class Ward:
             self._known |= {node: number for number, node in enumerate(inner, len(self._known) - 1)}
             expected = self._draft.go_on(self.guesses[:, list(inner)], parents)
         count = len(inner)
-        controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner])
+        depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
+        said = [len(row.completion.token_ids) + depth for row in self.rows for _ in inner]
+        controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner]).at(said)
         logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
         vocabulary = self._draft.draft.vocabulary.to(expected.device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
-        depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
-        keys = [row.key(len(row.completion.token_ids) + depth) for row in self.rows for _ in inner]
+        keys = [row.key(said[place]) for place, row in enumerate(row for row in self.rows for _ in inner)]
         most = max(len(tree.children[node]) for node in inner)
         found = candidates(scores, keys, controls.greedy, most, vocabulary).unflatten(0, (-1, count))
         found = found.to(self.guesses.device)
@@ -245,7 +246,7 @@ class Ward:
             for lane in (*self._lanes, *([] if self._draft is None else [self._draft])):
                 lane.keep(alive)
                 # The longest row may be among those that left.
-                if isinstance(lane, Lane) and lane.has_holes:
+                if not isinstance(lane, TranslatedLane) and lane.has_holes:
                     lane.pack()
             self.controls.keep(alive)
             self._tokens = self._tokens[alive]

@@ -79,6 +79,10 @@ class DoctorConfig:
             raise UserError(f"{path} lacks the fields: {', '.join(sorted(missing))}")
         return cls(**raw)
 
+    def is_on(self, model: LoadedModel) -> bool:
+        """Whether the doctor's base is this model, under whatever name."""
+        return all(self.base_fingerprint.get(key) == model.fingerprint.get(key) for key in ("model", "tokenizer"))
+
 
 class ValueHead(nn.Module):
     """log V_φ(s) as a scalar function of the last hidden state. Starts at exactly 0, i.e. V = 1 everywhere."""

@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, W tokens that may be gues
 
 from __future__ import annotations
 
-import copy
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -49,10 +48,10 @@ class DraftModel(nn.Module):
         self.config._attn_implementation = "sdpa"
         self.layers_from = list(layers)
         # Embeddings of its own would be made only to be thrown away: gigabytes, for a large model.
-        bare = copy.deepcopy(self.config)
-        bare.vocab_size, bare.pad_token_id = 1, None
-        self.decoder = cast_weights(type(decoder)(bare).to(model.device), model.dtype)
-        self.decoder.config = self.config
+        whole = self.config.vocab_size, self.config.pad_token_id
+        self.config.vocab_size, self.config.pad_token_id = 1, None
+        self.decoder = cast_weights(type(decoder)(self.config).to(model.device), model.dtype)
+        self.config.vocab_size, self.config.pad_token_id = whole
         self.decoder.set_input_embeddings(model.get_input_embeddings())
         width = int(self.config.hidden_size)
         like = {"device": model.device, "dtype": model.dtype}

@@ -30,14 +30,17 @@ class TFPOConfig(TrainingArguments):
             "learn."
         },
     )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs; not of rounds."})
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Pairs a step and device (two responses each)."}
     )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Held-out pairs in one forward pass."})
     eta: float = field(
         default=0.5,
-        metadata={"help": "Reward temperature η: zero loss means π̂ ∝ π_ref · exp(Σ r / η). Smaller tilts harder."},
+        metadata={
+            "help": "Reward temperature η on pairs (of rounds: round_eta): zero loss means π̂ ∝ π_ref · exp(Σ r / η). "
+            "Smaller tilts harder."
+        },
     )
     subtb_lambda: float = field(
         default=1.0,

@@ -31,12 +31,15 @@ from datasets import Dataset as Rows
 from torch.utils.data import Dataset, SequentialSampler
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.guides import Guide
+from llmdoctor.decoding.lane import context_of
+from llmdoctor.decoding.network import network_of
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path
-from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.vocab import Vocabulary
 from llmdoctor.rewards.readout import Readout
@@ -59,7 +62,8 @@ class RoundOptions:
         round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
         round_leaf_coef: λ_leaf, weight of DPO's loss on them, with the one that the read-out likes better as the
             chosen one; with objective none and no other weight a round is one of online DPO (arXiv 2402.04792).
-        round_max_new_tokens: longest answer; 0 is as long as the longest response of the pairs.
+        round_max_new_tokens: longest answer, in tokens of whoever answers; 0 is as long as the longest response of the
+            pairs.
         round_batch_size: answers drawn together; changes nothing but speed, up to rounding.
     """
 
@@ -129,7 +133,7 @@ class ReadoutJudge:
 
 
 class RoundsTrainer(TFPOTrainer):
-    """`TFPOTrainer` on the doctor's own answers, drawn anew at the start of every round.
+    """`TFPOTrainer` on answers under the doctor's guidance, drawn anew at the start of every round.
 
     A round's rows are kept in a file before the first step is taken on them, and a checkpoint is written after the last
     one, so a run that was killed ends with the weights that it would have had.
@@ -207,7 +211,7 @@ class RoundsTrainer(TFPOTrainer):
         return prepared
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """The rows of a round, drawn by the doctor as it is now if they are not there yet."""
+        """The rows of a round, drawn with the doctor as it is now if they are not there yet."""
         if self._open is None or self._open[0] != number:
             path = Path(self.args.output_dir) / "rows" / f"{number:03d}.parquet"
             with self.args.main_process_first(desc=f"round {number}"):
@@ -250,7 +254,8 @@ class RoundsTrainer(TFPOTrainer):
                 rows.append(row)
         if not rows:
             raise UserError(
-                f"round {number + 1}: the doctor answered none of {len(chosen)} prompts; are they too long?"
+                f"round {number + 1}: none of {len(chosen)} prompts has two answers that say something; are they too "
+                "long?"
             )
         # Where a context was full before a word was said, others stand in.
         rows = [rows[place % len(rows)] for place in range(self.prompts_a_round)]
@@ -284,7 +289,7 @@ def draw_answers(
     Raises:
         UserError: a prompt that leaves no room in the context.
     """
-    decoder = _decoder(doctor, patient, batch_size)
+    decoder = answering(doctor, patient, batch_size)
     betas = dict.fromkeys(decoder.names, 1.0)
     requests = [
         Request(messages, betas=betas, sampling=SamplingParams(max_new_tokens=max_new_tokens, seed=seed))
@@ -292,26 +297,37 @@ def draw_answers(
     ]
     done = decoder.generate(requests, on_done=None if told is None else lambda _, __: told(1))
     ended = [completion.finish_reason == "stop" for completion in done]
-    if decoder.lanes[-1].translation is None:
+    if all(lane.translation is None for lane in decoder.lanes):
         return [(completion.token_ids, end) for completion, end in zip(done, ended, strict=True)]
-    # An answer that was cut may end within a character.
-    texts = [
-        completion.text if end else completion.text.rstrip("\ufffd")
-        for completion, end in zip(done, ended, strict=True)
-    ]
-    return [(doctor.encoder.completion(text, end).ids, end) for text, end in zip(texts, ended, strict=True)]
+    answers = []
+    for messages, completion, end in zip(conversations, done, ended, strict=True):
+        # An answer that was cut may end within a character.
+        text = completion.text if end else completion.text.rstrip("\ufffd")
+        room = context_of(doctor.causal_lm) - len(doctor.encoder.prompt_ids(messages))
+        split = doctor.encoder.completion(text, end, max(0, room))
+        answers.append((split.ids, split.terminal))
+    return answers
 
 
-def _decoder(doctor: Doctor, patient: LoadedModel | None, batch_size: int) -> GuidedDecoder:
+def answering(doctor: Doctor, patient: LoadedModel | None, batch_size: int) -> GuidedDecoder:
+    """What answers a round's prompts: a copy of the doctor, or the patient with such a copy as its guide.
+
+    Raises:
+        UserError: a doctor whose tokens cannot be translated into the patient's.
+    """
     if patient is None:
         return GuidedDecoder(copy.deepcopy(doctor).merged(), max_batch_size=batch_size)
     config = doctor.doctor_config
-    plain = copy.deepcopy(doctor.lm).unload().eval()
-    base = LoadedModel(plain, doctor.tokenizer, config.base, dict(config.base_fingerprint))
-    with tempfile.TemporaryDirectory() as scratch:
-        doctor.save_pretrained(folder := Path(scratch) / "doctor")
-        guide = load_guide(folder, patient, name="doctor", base=base)
-    return GuidedDecoder(patient, [guide], max_batch_size=batch_size)
+    bare = copy.deepcopy(doctor.lm).unload().eval()
+    base = LoadedModel(bare, doctor.tokenizer, config.base, dict(config.base_fingerprint))
+    adapter = None
+    if network_of(bare.get_decoder()) is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            doctor.save_weights(Path(scratch))
+            adapter = Adapter.load(Path(scratch) / ADAPTER_FOLDER, bare)
+    # One pass for doctor and reference where it can be had.
+    guiding = base if adapter is not None else copy.deepcopy(doctor).merged()
+    return GuidedDecoder(patient, [Guide("doctor", guiding, base, adapter=adapter)], max_batch_size=batch_size)
 
 
 class _Places(Dataset[int]):

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llmdoctor.rewards.readout import Readout, fit_readout_to_ids
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer
+from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering
 from llmdoctor.tfpo.trainer import Progress, TFPOTrainer
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ RECORDED = (
     "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Settings of `TFPOConfig` that decide what a doctor learns: they are fingerprinted and written on its card."""
+
+_OF_PAIRS = {"eta": "round_eta", "branch_coef": "round_branch_coef", "leaf_coef": "round_leaf_coef",
+             "leaf_beta": "a round_leaf_coef with it", "value_coef": "", "value_margin": ""}  # fmt: skip
+"""Settings of `TFPOConfig` that rounds do not go by, and what they go by instead."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def train_doctor(
     progress: Progress | None = None,
     told: Told | None = None,
 ) -> Path:
-    """Train a doctor on `base`, in rounds on its own answers or on the pairs, and write it to `config.output_dir`.
+    """Train a doctor on `base`, in rounds or on the pairs, and write it to `config.output_dir`.
 
     Checkpoints go to `output_dir/checkpoints`; a run that was cut goes on from the last whole one and ends with the
     same weights as an uninterrupted one.
@@ -100,8 +104,8 @@ def train_doctor(
         config: training arguments; `output_dir` is the doctor's folder.
         options: what is trained; defaults if None.
         rounds: how the rounds go; defaults if None. Without rounds it learns from the pairs and their token rewards.
-        patient: the model that gave the rewards, which judges the doctor's answers in rounds; loaded as the rewards'
-            manifest names it if None. Never `base` itself, which training changes.
+        patient: the model that gave the rewards, which in rounds judges answers and, where it is not the doctor's base,
+            gives them; loaded as the rewards' manifest names it if None. Never `base` itself, which training changes.
         dimension: name of what the doctor is for; the faces' name if empty.
         resume: go on from a checkpoint if there is one; False starts anew.
         callbacks: more `TrainerCallback`s, for the progress of the training.
@@ -113,12 +117,13 @@ def train_doctor(
         The doctor's folder.
 
     Raises:
-        UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, or too few
-            pairs.
+        UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, too few pairs,
+            or a setting of `config` that rounds do not go by.
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
+    _check_heard(config, rounds)
     output = Path(config.output_dir)
     if rounds.rounds and not options.lora:
         raise UserError(
@@ -142,9 +147,20 @@ def train_doctor(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if rounds.rounds:
         told = told or _silent
+        patient = _patient_of(given, patient)
+        answerer = None if doctor.doctor_config.is_on(patient) else patient
+        if answerer is not None:
+            # What cannot answer is told now, not after the pairs were read.
+            answering(doctor, answerer, 1)
         readout = _readout(Path(config.output_dir), given, len(train_set), patient, told)
-        judge = ReadoutJudge(readout, base)
-        trainer = _rounds_trainer(doctor, config, rounds, judge, train_set, eval_set, told, callbacks)
+        length = rounds.round_max_new_tokens or max(
+            len(ids)
+            for row in (train_set if answerer is None else given.rows(len(train_set)))
+            for ids in (row[f"{side}_ids"] for side in SIDES)
+        )
+        trainer = _rounds_trainer(
+            doctor, config, rounds, ReadoutJudge(readout, base), length, answerer, train_set, eval_set, told, callbacks
+        )
         checkpoint = last_checkpoint(Path(trainer.args.output_dir))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         readout.save_pretrained(output / READOUT_FOLDER)
@@ -156,6 +172,20 @@ def train_doctor(
     }
     _write_into(output, doctor)
     return output
+
+
+def _check_heard(config: TFPOConfig, rounds: RoundOptions) -> None:
+    """UserError for a setting that was changed and that nothing in this training would go by."""
+    if not rounds.rounds or rounds.pairs_first:
+        return
+    defaults = {field.name: field.default for field in fields(TFPOConfig)}
+    for name, instead in _OF_PAIRS.items():
+        if getattr(config, name) == defaults[name] or (name == "leaf_beta" and rounds.round_leaf_coef):
+            continue
+        raise UserError(
+            f"{name} {getattr(config, name)} is a setting of the training on pairs, and these are rounds: "
+            + (f"give {instead}, or rounds 0" if instead else "leave it out, or give rounds 0")
+        )
 
 
 def _untrained(
@@ -182,16 +212,21 @@ def _untrained(
     return doctor
 
 
-def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel | None, told: Told) -> Readout:
-    """The patient's read-out of the first `count` pairs, kept among the checkpoints, which belong to these rewards."""
-    if count < 4:
-        raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
+def _patient_of(rewards: RewardStore, patient: LoadedModel | None) -> LoadedModel:
+    """The patient, loaded if need be; UserError if the rewards are another one's."""
     patient = patient or load_model(str(rewards.manifest["patient"]))
     if patient.fingerprint.get("model") != rewards.fingerprint.get("model"):
         raise UserError(
             f"{patient.spec} is not the patient that gave the rewards in {rewards.folder} "
             f"({rewards.manifest['patient']}); rounds need that one to judge answers"
         )
+    return patient
+
+
+def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel, told: Told) -> Readout:
+    """The patient's read-out of the first `count` pairs, kept among the checkpoints, which belong to these rewards."""
+    if count < 4:
+        raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
     folder = checkpoints / READOUT_FOLDER
     if (folder / READOUT_CONFIG).is_file():
         return Readout.from_pretrained(folder, patient)
@@ -222,28 +257,26 @@ def _rounds_trainer(
     config: TFPOConfig,
     rounds: RoundOptions,
     judge: ReadoutJudge,
+    length: int,
+    patient: LoadedModel | None,
     train_set: Any,
     eval_set: Any,
     told: Told,
     callbacks: list[TrainerCallback],
 ) -> RoundsTrainer:
     most = config.max_prompt_length
-    patient = judge.readout.patient
     prompts = [
         prompt
         for prompt in dict.fromkeys(train_set["prompt"])
         if most is None or len(doctor.encoder.prompt_ids(json.loads(prompt))) <= most
     ]
-    longest = max(len(ids) for side in SIDES for ids in train_set[f"{side}_ids"])
     config = copy.copy(config)
     config.output_dir = str(Path(config.output_dir) / "rounds")
-    length = rounds.round_max_new_tokens or longest
     if eval_set is not None:
         told("reading the pairs held out", len(eval_set))
-    on_patient = patient.fingerprint.get("model") == doctor.doctor_config.base_fingerprint.get("model")
     return RoundsTrainer(
-        doctor, config, rounds, prompts, judge, length, patient=None if on_patient else patient,
-        eval_dataset=eval_set, told=told, callbacks=callbacks, progress=lambda units: told("", units),
+        doctor, config, rounds, prompts, judge, length, patient=patient, eval_dataset=eval_set, told=told,
+        callbacks=callbacks, progress=lambda units: told("", units),
     )  # fmt: skip
 
 
