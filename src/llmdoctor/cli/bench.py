@@ -234,7 +234,7 @@ def ablation(
     shard: _Shard = None,
     size: _Size,
 ) -> None:
-    """The doctor without one of its parts: sub-trajectory balance, value loss, sparsity, flow, anchors.
+    """The doctor without one of its parts (balances, flow, rounds), and the doctor of the pairs without one of its own.
 
     Example: llmdoctor bench ablation --quick
     """

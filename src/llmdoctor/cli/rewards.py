@@ -41,7 +41,7 @@ _Faces = Annotated[
         "--faces",
         metavar="DIMENSION",
         help="Under which faces the patient reads the answers: helpful, harmless, honest, polite, positive, "
-        "concise, or one of --faces-file.",
+        "concise, readable, or one of --faces-file.",
     ),
 ]
 SourceFormat = Annotated[

@@ -106,7 +106,7 @@ class TFPOConfig(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "tensorboard, wandb, trackio, … as transformers offers them."}
+        default="none", metadata={"help": "tensorboard, wandb, trackio, … as transformers offers them, if installed."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "The collator reads the reward columns itself."}
