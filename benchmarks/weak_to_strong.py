@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="folder that `llmdoctor shrink` has made")
     parser.add_argument("--work", type=Path, required=True)
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=320)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     task = next(task for task in CONTROLLED_TASKS if task.name == arguments.task)
     progress = Progress()
     try:

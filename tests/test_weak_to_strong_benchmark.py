@@ -1,0 +1,83 @@
+"""The benchmark of a small doctor on tiny models: who is compared with whom, and what a second run does anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import weak_to_strong
+from tests.bench.tools import float32
+from tests.tiny import load, save_tiny
+
+from llmdoctor.data.prompts import load_prompts
+from llmdoctor.models.doctor import DoctorConfig
+from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, shrink
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float32() -> Iterator[None]:
+    with float32():
+        yield
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Four layers, and a context with room for the pairs under their faces, byte by byte."""
+    folder = tmp_path_factory.mktemp("weak") / "patient"
+    return save_tiny(folder, tiny_tokenizer, context=4096, layers=4, tied=True)
+
+
+@pytest.fixture(scope="module")
+def base(patient: Path) -> Path:
+    options = ShrinkOptions(layers=2, tokens=200, epochs=1, max_new_tokens=8, held_out=2)
+    shrink(load(patient), load_prompts("builtin:prompts/train", limit=40), patient.parent / "base", options=options)
+    return patient.parent / "base"
+
+
+def test_the_weak_doctor_meets_the_strong_at_its_kl(
+    patient: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    words = ["--quick", "--patient", str(patient), "--base", str(base), "--work", str(tmp_path / "work")]
+    weak_to_strong.main([*words, "--prompts", "6", "--output", str(output)])
+    found = json.loads(output.read_text(encoding="utf-8"))
+    rows = found.pop("rows")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    named = [(row["size"], row["method"], row["setting"].get("beta")) for row in rows]
+    assert named == [
+        ("strong", "patient", None), ("strong", "dpo", 0.5), ("strong", "dpo", 1.0),
+        ("weak", "llmdoctor", 0.5), ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0),
+        ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0),
+        ("weak", "llmdoctor_pairs", 1.0), ("weak", "llmdoctor_pairs", 2.0), ("weak", "dpo", 0.5), ("weak", "dpo", 1.0),
+    ]  # fmt: skip
+    assert [pair["setting"] for pair in found["comparisons"]] == [{"beta": 0.5}, {"beta": 1.0}]
+    for pair, row in zip(found["comparisons"], rows[1:3], strict=True):
+        assert (pair["kl"], pair["score"]) == pytest.approx((row["kl"], row["score"]))
+        assert pair["prompts"] == 6
+        assert pair["ci_low"] <= pair["win_plus_half_tie"] <= pair["ci_high"]
+    assert found["base"]["weights_read"]["small"] < found["base"]["weights_read"]["patient"]
+    seed = Path("models", "sentiment", "seed0")
+    trained = {
+        (size, path.parent.name): path
+        for size in ("weak", "strong")
+        for path in sorted((tmp_path / "work" / size / seed).glob("*/doctor.json"))
+    }
+    assert set(trained) == {("weak", "tfpo"), ("weak", "no_rounds")}
+    assert {DoctorConfig.load(path.parent).base for path in trained.values()} == {str(base)}
+    assert {path.parent.name for path in (tmp_path / "work" / "strong" / seed).glob("*/adapter")} == {"dpo"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.jsonl.gz")}
+    weak_to_strong.main([*words, "--prompts", "6"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "answers that are there are made anew"
+
+
+def test_a_base_that_was_not_shrunk_is_told(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--patient", str(patient), "--work", str(tmp_path / "work")]
+    with pytest.raises(SystemExit) as ended:
+        weak_to_strong.main([*words, "--base", str(patient)])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith(f"{patient / RECORD_NAME} is missing or broken")
+    assert told[-1].endswith(f"make it with: llmdoctor shrink -o {patient}")
