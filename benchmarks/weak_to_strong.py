@@ -41,7 +41,7 @@ def at(name: str, *betas: float) -> Contender:
     return replace(whole, settings=tuple(setting for setting in whole.settings if setting["beta"] in betas))
 
 
-WEAK = (at(DOCTOR, 0.5, 1, 2, 3), at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
+WEAK = (at(DOCTOR, 1, 2, 3, 4), at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
 STRONG = at("dpo", 0.5, 1)
 
 

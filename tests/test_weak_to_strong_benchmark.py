@@ -49,7 +49,7 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
     named = [(row["size"], row["method"], row["setting"].get("beta")) for row in rows]
     assert named == [
         ("strong", "patient", None), ("strong", "dpo", 0.5), ("strong", "dpo", 1.0),
-        ("weak", "llmdoctor", 0.5), ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0),
+        ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0), ("weak", "llmdoctor", 4.0),
         ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0),
         ("weak", "llmdoctor_pairs", 1.0), ("weak", "llmdoctor_pairs", 2.0), ("weak", "dpo", 0.5), ("weak", "dpo", 1.0),
     ]  # fmt: skip
