@@ -99,8 +99,8 @@ class Cells:
         path = self._path(task, contender, setting, seed, variant)
         stamp = self._stamp(task, contender, setting, seed)
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f".{'-'.join(path.relative_to(self.folder).parts)}.lock")
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -114,7 +114,7 @@ class Cells:
                     _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
             finally:
                 lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
         return self._read(path, stamp)
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
