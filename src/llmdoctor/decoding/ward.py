@@ -139,13 +139,14 @@ class Ward:
             expected = self._draft.go_on(self.guesses[:, list(inner)], parents)
         count = len(inner)
         depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
-        said = [len(row.completion.token_ids) + depth for row in self.rows for _ in inner]
+        rows = [row for row in self.rows for _ in inner]
+        said = [len(row.completion.token_ids) + depth for row in rows]
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner]).at(said)
         logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
         vocabulary = self._draft.draft.vocabulary.to(expected.device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
-        keys = [row.key(said[place]) for place, row in enumerate(row for row in self.rows for _ in inner)]
+        keys = [row.key(place) for row, place in zip(rows, said, strict=True)]
         most = max(len(tree.children[node]) for node in inner)
         found = candidates(scores, keys, controls.greedy, most, vocabulary).unflatten(0, (-1, count))
         found = found.to(self.guesses.device)
