@@ -1,13 +1,16 @@
 """Does a doctor much smaller than the patient steer it as well as training the patient itself would?
 
-    python -m benchmarks.weak_to_strong --base FOLDER --work FOLDER [--seeds 3]
+    python -m benchmarks.weak_to_strong --base FOLDER --work FOLDER [--task sentiment] [--seeds 3]
+        [--weak llmdoctor_onset,llmdoctor_pairs,dpo] [--strong dpo,genarm] [--shard I/N]
         [--output benchmarks/results/weak_to_strong.json] [--quick]
 
 `--base` is a model that `llmdoctor shrink` made from the patient. On the arena's pairs and prompts (see docs/arena.md),
-LLMdoctor and DPO are trained on it and guide the patient in ratio form (weak); DPO is trained on the patient itself as
-well (strong: at β = 1 that is its policy). Same pairs, batch, epochs and LoRA settings; the small model has fewer
-layers to put LoRA on, and LLMdoctor its rounds. `--work` keeps models and answers: a run that was cut goes on, and one
-that is given more seeds keeps the first ones. `--quick` is a smoke run; its figures mean nothing.
+LLMdoctor and DPO are trained on it and guide the patient in ratio form (weak); DPO and GenARM are trained on the
+patient itself as well (strong: at β = 1 DPO is its policy). Same pairs, batch, epochs and LoRA settings; the small
+model has fewer layers to put LoRA on, and LLMdoctor its rounds. `--work` keeps models and answers: a run that was cut
+goes on, one that is given more seeds keeps the first ones, and answers of the arena (`raw/` of its results) that lie in
+`WORK/strong/raw` are not drawn again. `--shard` makes one of N parts of the seeds, without results. `--quick` is a
+smoke run; its figures mean nothing.
 
 `rows` hold the arena's figures of every method and setting. `comparisons` put the weak doctor against each strong
 setting at the KL that this one spends: `win_plus_half_tie` in percent with its 95 % bootstrap interval over prompts.
@@ -16,22 +19,24 @@ setting at the KL that this one spends: `win_plus_half_tie` in percent with its 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import record
-from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, PATIENT, Contender
-from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Task
+from llmdoctor.bench.arena import Arena, ShardDone
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, Contender
+from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import Chosen, mixed_at_kl
 from llmdoctor.cli.progress import Progress
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
+from llmdoctor.files import atomic_path
 from llmdoctor.shrink.make import RECORD_NAME
 
 
@@ -41,20 +46,49 @@ def at(name: str, *betas: float) -> Contender:
     return replace(whole, settings=tuple(setting for setting in whole.settings if setting["beta"] in betas))
 
 
-WEAK = (at(DOCTOR, 1, 2, 3, 4), at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
-STRONG = at("dpo", 0.5, 1)
+WEAK_DOCTOR = at(DOCTOR, 1, 2, 3, 4)
+WEAK = (at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
+STRONG = (at("dpo", 0.5, 1), at("genarm", 0.5, 1))
+
+
+def shard(text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def opened(folder: Path, base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
     options = BenchOptions(patient=arguments.patient, base=base, seeds=arguments.seeds, prompt_count=arguments.prompts)
-    return Arena(folder, options.quick() if arguments.quick else options, progress, [task], quick=arguments.quick)
+    return Arena(
+        folder, options.quick() if arguments.quick else options, progress, [task], quick=arguments.quick,
+        shard=arguments.shard,
+    )  # fmt: skip
+
+
+def named(contenders: Sequence[Contender]) -> Callable[[str], list[Contender]]:
+    """A parser of some of their names, between commas."""
+
+    def parse(text: str) -> list[Contender]:
+        known = {contender.name: contender for contender in contenders}
+        names = [name for name in text.split(",") if name]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"no method is called {unknown[0]!r}; there are {', '.join(known)}")
+        return [known[name] for name in names]
+
+    return parse
 
 
 def share(source: Arena, target: Arena, task: Task) -> None:
     """Give one arena what does not depend on the base: the patient's answers and the pairs' token rewards."""
     source.kits[task.name].rewards()
     for part in (Path("raw", "any"), Path("models", task.name, "rewards")):
-        shutil.copytree(source.output / part, target.output / part, dirs_exist_ok=True)
+        for path in (source.output / part).rglob("*"):
+            copy = target.output / path.relative_to(source.output)
+            # Another shard may be reading what is there.
+            if path.is_file() and not copy.exists():
+                with atomic_path(copy) as partial:
+                    shutil.copyfile(path, partial)
 
 
 def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -> dict[str, Any]:
@@ -88,17 +122,21 @@ def shrunk(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> dict[str, Any] | None:
+    """The result; None from a shard."""
     made = shrunk(arguments.base)
     strong = opened(arguments.work / "strong", "", task, arguments, progress)
     weak = opened(arguments.work / "weak", str(arguments.base), task, arguments, progress)
-    strong.decode([CONTENDERS[PATIENT]])
+    patient = strong.patient(task)
     share(strong, weak, task)
-    weak.decode(WEAK)
-    strong.decode([STRONG])
-    patient, opponents = strong.patient(task), strong.points(task, STRONG)
-    guided = [point for contender in WEAK for point in weak.points(task, contender)]
-    ladder = [patient, *weak.points(task, WEAK[0])]
+    for arena, methods in ((weak, (WEAK_DOCTOR, *arguments.weak)), (strong, arguments.strong)):
+        with contextlib.suppress(ShardDone):
+            arena.decode(methods)
+    if arguments.shard:
+        return None
+    opponents = [point for contender in arguments.strong for point in strong.points(task, contender)]
+    guided = [point for contender in (WEAK_DOCTOR, *arguments.weak) for point in weak.points(task, contender)]
+    ladder = [patient, *weak.points(task, WEAK_DOCTOR)]
     rows = [{"size": "strong", **point.figures()} for point in (patient, *opponents)]
     rows += [{"size": "weak", **point.figures()} for point in guided]
     return {
@@ -137,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=[task.name for task in CONTROLLED_TASKS], default=CONTROLLED_TASKS[0].name)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=320)
+    parser.add_argument("--weak", type=named(WEAK), default=WEAK, help="measured beside LLMdoctor on the small model")
+    parser.add_argument("--strong", type=named(STRONG), default=STRONG, help="its opponents, trained on the patient")
+    parser.add_argument("--shard", type=shard, help="make only this part of the seeds' answers, such as 1/2")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args(argv)
@@ -148,8 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(1, f"{error}\n")
     finally:
         progress.close()
-    show(result)
-    record(result, arguments.output)
+    if result is not None:
+        show(result)
+        record(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from benchmarks import weak_to_strong
 from tests.bench.tools import float32
 from tests.tiny import load, save_tiny
 
+from llmdoctor.bench.options import BenchOptions
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.models.doctor import DoctorConfig
 from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, shrink
+
+SMALL = BenchOptions(pairs=32, max_new_tokens=8, epochs=1, rounds=1, batch_size=128)
+
+
+def changed(options: BenchOptions) -> dict[str, Any]:
+    """What a run was asked for that a smoke run leaves as it is."""
+    return {name: getattr(options, name) for name in ("patient", "base", "seeds", "prompt_count")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,12 +58,13 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
     named = [(row["size"], row["method"], row["setting"].get("beta")) for row in rows]
     assert named == [
         ("strong", "patient", None), ("strong", "dpo", 0.5), ("strong", "dpo", 1.0),
+        ("strong", "genarm", 0.5), ("strong", "genarm", 1.0),
         ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0), ("weak", "llmdoctor", 4.0),
         ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0),
         ("weak", "llmdoctor_pairs", 1.0), ("weak", "llmdoctor_pairs", 2.0), ("weak", "dpo", 0.5), ("weak", "dpo", 1.0),
     ]  # fmt: skip
-    assert [pair["setting"] for pair in found["comparisons"]] == [{"beta": 0.5}, {"beta": 1.0}]
-    for pair, row in zip(found["comparisons"], rows[1:3], strict=True):
+    for pair, row in zip(found["comparisons"], rows[1:5], strict=True):
+        assert (pair["opponent"], pair["setting"]) == (row["method"], row["setting"])
         assert (pair["kl"], pair["score"]) == pytest.approx((row["kl"], row["score"]))
         assert pair["prompts"] == 6
         assert pair["ci_low"] <= pair["win_plus_half_tie"] <= pair["ci_high"]
@@ -67,11 +77,41 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
     }
     assert trained == {
         *(("weak", name, str(base)) for name in ("tfpo", "no_rounds", "dpo")),
-        ("strong", "dpo", str(patient)),
+        *(("strong", name, str(patient)) for name in ("dpo", "genarm")),
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.jsonl.gz")}
     weak_to_strong.main([*words, "--prompts", "6"])
     assert {path: path.stat().st_mtime_ns for path in before} == before, "answers that are there are made anew"
+
+
+def test_shards_make_their_seeds_and_the_run_after_them_compares(
+    patient: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A smoke run has one seed.
+    monkeypatch.setattr(weak_to_strong.BenchOptions, "quick", lambda options: replace(SMALL, **changed(options)))
+    words = ["--quick", "--patient", str(patient), "--base", str(base), "--work", str(tmp_path), "--prompts", "4"]
+    words += ["--seeds", "2", "--weak", "", "--strong", "dpo"]
+
+    def answers() -> set[str]:
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl.gz") if "any" not in path.parts}
+
+    weak_to_strong.main([*words, "--shard", "2/2"])
+    assert "weak_to_strong" not in capsys.readouterr().out
+    expected = {f"weak/raw/sentiment/llmdoctor/beta={beta}-seed1.jsonl.gz" for beta in (1, 2, 3, 4)}
+    expected |= {f"strong/raw/sentiment/dpo/beta={beta}-seed1.jsonl.gz" for beta in (0.5, 1)}
+    assert answers() == expected
+    weak_to_strong.main([*words, "--shard", "1/2"])
+    made = answers()
+    assert made == expected | {name.replace("seed1", "seed0") for name in expected}
+    weak_to_strong.main(words)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (answers(), found["seeds"], len(found["comparisons"])) == (made, 2, 2)
+
+
+def test_a_method_that_it_does_not_know_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        weak_to_strong.main(["--base", str(tmp_path), "--work", str(tmp_path), "--strong", "dpo,cards"])
+    assert "no method is called 'cards'; there are dpo, genarm" in capsys.readouterr().err
 
 
 def test_a_base_that_was_not_shrunk_is_told(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,8 @@ def test_sampling_params_check_themselves(options: dict[str, Any], message: str)
 def test_exponents_must_be_numbers() -> None:
     with pytest.raises(UserError, match="alpha must be a finite number, got nan"):
         Request.from_text("Hi", alpha=float("nan"))
+    with pytest.raises(UserError, match=r"alpha must be a finite number, got SamplingParams\("):
+        Request(({"role": "user", "content": "Hi"},), SamplingParams())  # type: ignore[arg-type]
     with pytest.raises(UserError, match="beta of 'kind' must be a finite number, got inf"):
         Request.from_text("Hi", betas={"kind": float("inf")})
 

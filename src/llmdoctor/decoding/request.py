@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -78,8 +79,8 @@ class Request:
                 f"{self.messages!r:.80}; for a prompt that is one string there is Request.from_text"
             )
         for name, value in (("alpha", self.alpha), *((f"beta of {key!r}", beta) for key, beta in self.betas.items())):
-            if not math.isfinite(value):
-                raise UserError(f"{name} must be a finite number, got {value}")
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, got {value!r:.80}")
         if self.onset < 0:
             raise UserError(f"onset must be at least 0, got {self.onset}")
 
