@@ -14,6 +14,7 @@ smoke run; its figures mean nothing.
 
 `rows` hold the arena's figures of every method and setting. `comparisons` put the weak doctor against each strong
 setting at the KL that this one spends: `win_plus_half_tie` in percent with its 95 % bootstrap interval over prompts.
+`run_dtype` is what this run decodes in; answers that were there before may have been drawn in another precision.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> di
         "task": task.name,
         "base": made,
         "seeds": strong.options.seeds,
-        "dtype": strong.kits[task.name].patient.fingerprint["dtype"],
+        "run_dtype": strong.kits[task.name].patient.fingerprint["dtype"],
         "comparisons": [comparison(strong, task, ladder, point) for point in opponents],
         "rows": rows,
     }

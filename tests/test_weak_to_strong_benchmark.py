@@ -108,10 +108,19 @@ def test_shards_make_their_seeds_and_the_run_after_them_compares(
     assert (answers(), found["seeds"], len(found["comparisons"])) == (made, 2, 2)
 
 
-def test_a_method_that_it_does_not_know_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--strong", "dpo,cards"], "no method is called 'cards'; there are dpo, genarm"),
+        (["--shard", "3/2"], "a shard is one of 1/2 … 2/2, got 3/2"),
+    ],
+)
+def test_an_argument_that_it_does_not_know_is_told(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        weak_to_strong.main(["--base", str(tmp_path), "--work", str(tmp_path), "--strong", "dpo,cards"])
-    assert "no method is called 'cards'; there are dpo, genarm" in capsys.readouterr().err
+        weak_to_strong.main(["--base", str(tmp_path), "--work", str(tmp_path), *words])
+    assert told in capsys.readouterr().err
 
 
 def test_a_base_that_was_not_shrunk_is_told(patient: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
