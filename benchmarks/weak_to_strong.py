@@ -188,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = measure(arguments, task, progress)
     except UserError as error:
         parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"interrupted; what is done is in {arguments.work}, and the same command goes on from it\n")
     finally:
         progress.close()
     if result is not None:

@@ -131,3 +131,16 @@ def test_a_base_that_was_not_shrunk_is_told(patient: Path, tmp_path: Path, capsy
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith(f"{patient / RECORD_NAME} is missing or broken")
     assert told[-1].endswith(f"make it with: llmdoctor shrink -o {patient}")
+
+
+def test_an_interruption_ends_in_a_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weak_to_strong, "measure", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        weak_to_strong.main(["--base", str(base), "--work", str(tmp_path)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"interrupted; what is done is in {tmp_path}")
