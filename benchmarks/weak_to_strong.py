@@ -7,10 +7,10 @@
 `--base` is a model that `llmdoctor shrink` made from the patient. On the arena's pairs and prompts (see docs/arena.md),
 LLMdoctor and DPO are trained on it and guide the patient in ratio form (weak); DPO and GenARM are trained on the
 patient itself as well (strong: at β = 1 DPO is its policy). Same pairs, batch, epochs and LoRA settings; the small
-model has fewer layers to put LoRA on, and LLMdoctor its rounds. `--work` keeps models and answers: a run that was cut
-goes on, one that is given more seeds keeps the first ones, and answers of the arena (`raw/` of its results) that lie in
-`WORK/strong/raw` are not drawn again. `--shard` makes one of N parts of the seeds, without results. `--quick` is a
-smoke run; its figures mean nothing.
+model has fewer layers to put LoRA on, and LLMdoctor its rounds. `--work` is a folder of `llmdoctor bench`, which keeps
+models and answers by the name of what they are trained from: a run that was cut goes on, one that is given more seeds
+keeps the first ones, and answers of the arena that lie there (`raw/` of its results) are not drawn again. `--shard`
+makes one of N parts of the seeds, without results. `--quick` is a smoke run; its figures mean nothing.
 
 `rows` hold the arena's figures of every method and setting. `comparisons` put the weak doctor against each strong
 setting at the KL that this one spends: `win_plus_half_tie` in percent with its 95 % bootstrap interval over prompts.
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,6 @@ from llmdoctor.bench.table import Chosen, mixed_at_kl
 from llmdoctor.cli.progress import Progress
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
-from llmdoctor.files import atomic_path
 from llmdoctor.shrink.make import RECORD_NAME
 
 
@@ -59,10 +57,10 @@ def shard(text: str) -> Shard:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def opened(folder: Path, base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
+def opened(base: str, task: Task, arguments: argparse.Namespace, progress: Progress) -> Arena:
     options = BenchOptions(patient=arguments.patient, base=base, seeds=arguments.seeds, prompt_count=arguments.prompts)
     return Arena(
-        folder, options.quick() if arguments.quick else options, progress, [task], quick=arguments.quick,
+        arguments.work, options.quick() if arguments.quick else options, progress, [task], quick=arguments.quick,
         shard=arguments.shard,
     )  # fmt: skip
 
@@ -78,18 +76,6 @@ def named(contenders: Sequence[Contender]) -> Callable[[str], list[Contender]]:
         return [known[name] for name in names]
 
     return parse
-
-
-def share(source: Arena, target: Arena, task: Task) -> None:
-    """Give one arena what does not depend on the base: the patient's answers and the pairs' token rewards."""
-    source.kits[task.name].rewards()
-    for part in (Path("raw", "any"), Path("models", task.name, "rewards")):
-        for path in (source.output / part).rglob("*"):
-            copy = target.output / path.relative_to(source.output)
-            # Another shard may be reading what is there.
-            if path.is_file() and not copy.exists():
-                with atomic_path(copy) as partial:
-                    shutil.copyfile(path, partial)
 
 
 def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -> dict[str, Any]:
@@ -126,10 +112,9 @@ def shrunk(folder: Path) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace, task: Task, progress: Progress) -> dict[str, Any] | None:
     """The result; None from a shard."""
     made = shrunk(arguments.base)
-    strong = opened(arguments.work / "strong", "", task, arguments, progress)
-    weak = opened(arguments.work / "weak", str(arguments.base), task, arguments, progress)
+    strong = opened("", task, arguments, progress)
+    weak = opened(str(arguments.base), task, arguments, progress)
     patient = strong.patient(task)
-    share(strong, weak, task)
     for arena, methods in ((weak, (WEAK_DOCTOR, *arguments.weak)), (strong, arguments.strong)):
         with contextlib.suppress(ShardDone):
             arena.decode(methods)

@@ -69,15 +69,14 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
         assert pair["prompts"] == 6
         assert pair["ci_low"] <= pair["win_plus_half_tie"] <= pair["ci_high"]
     assert found["base"]["weights_read"]["small"] < found["base"]["weights_read"]["patient"]
-    seed = Path("models", "sentiment", "seed0")
     trained = {
-        (size, path.parent.name, DoctorConfig.load(path.parent).base)
-        for size in ("weak", "strong")
-        for path in (tmp_path / "work" / size / seed).glob("*/doctor.json")
+        (folder, path.parent.name, DoctorConfig.load(path.parent).base)
+        for folder in ("sentiment@base", "sentiment")
+        for path in (tmp_path / "work/models" / folder / "seed0").glob("*/doctor.json")
     }
     assert trained == {
-        *(("weak", name, str(base)) for name in ("tfpo", "no_rounds", "dpo")),
-        *(("strong", name, str(patient)) for name in ("dpo", "genarm")),
+        *(("sentiment@base", name, str(base)) for name in ("tfpo", "no_rounds", "dpo")),
+        *(("sentiment", name, str(patient)) for name in ("dpo", "genarm")),
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.jsonl.gz")}
     weak_to_strong.main([*words, "--prompts", "6"])
@@ -97,8 +96,8 @@ def test_shards_make_their_seeds_and_the_run_after_them_compares(
 
     weak_to_strong.main([*words, "--shard", "2/2"])
     assert "weak_to_strong" not in capsys.readouterr().out
-    expected = {f"weak/raw/sentiment/llmdoctor/beta={beta}-seed1.jsonl.gz" for beta in (1, 2, 3, 4)}
-    expected |= {f"strong/raw/sentiment/dpo/beta={beta}-seed1.jsonl.gz" for beta in (0.5, 1)}
+    expected = {f"raw/sentiment@base/llmdoctor/beta={beta}-seed1.jsonl.gz" for beta in (1, 2, 3, 4)}
+    expected |= {f"raw/sentiment/dpo/beta={beta}-seed1.jsonl.gz" for beta in (0.5, 1)}
     assert answers() == expected
     weak_to_strong.main([*words, "--shard", "1/2"])
     made = answers()

@@ -18,7 +18,7 @@ from llmdoctor.bench.held_out import GUIDES, DynamicsRow, HumanRow, _unseen, mak
 from llmdoctor.bench.kit import ABLATIONS, READOUT
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR
 from llmdoctor.data.preferences import load_preferences, write_pairs
-from llmdoctor.errors import FingerprintMismatch
+from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.readout import fit_readout
 
@@ -49,6 +49,13 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
         assert (row["score"], row["kl"]) == (pytest.approx(whole.score), pytest.approx(whole.kl))
     assert {name: made for name, made in cell_files(arena.output).items() if name in before} == before
     assert not [step for step in told.started if "llmdoctor" in step or step.endswith("training tfpo")]
+
+
+def test_some_variants_stand_beside_the_whole(made: tuple[Arena, Told]) -> None:
+    rows = make_ablation(made[0], ["no_rounds"])
+    assert [row["variant"] for row in rows] == ["whole", "whole", "no_rounds", "no_rounds"]
+    with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is tfpo, no_subtb"):
+        make_ablation(made[0], ["no_flows"])
 
 
 def test_dynamics_of_every_guide(made: tuple[Arena, Told]) -> None:

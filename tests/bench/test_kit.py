@@ -81,6 +81,44 @@ def test_shards_that_want_the_token_rewards_at_once_wait_for_each_other(
     assert len(scored[0]) == 12
 
 
+def test_processes_that_want_a_model_at_once_train_it_once(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    """Pareto's soups and MOD mix the same policies: whoever comes second waits, and takes what the first has made."""
+    asking = threading.Barrier(2)
+    told: list[Told] = []
+    found: list[Path] = []
+
+    def ask() -> None:
+        kit, steps = kit_of(tiny_folder, bench_sources, tmp_path)
+        told.append(steps)
+        asking.wait()
+        found.append(kit.trained("genarm", 0))
+
+    shards = [threading.Thread(target=ask) for _ in range(2)]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+    assert found == [tmp_path / "a" / "seed0" / "genarm"] * 2
+    assert sum("training genarm" in step for steps in told for step in steps.started) == 1
+    assert sum("waiting" in line for steps in told for line in steps.said) >= 1
+
+
+def test_models_of_several_bases_lie_side_by_side(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    """The token rewards are the patient's and lie where they were; a base that is the patient has no folder."""
+    other = shutil.copytree(tiny_folder, tmp_path / "small")
+    for base in ("", str(tiny_folder), str(other)):
+        kit, _ = kit_of(tiny_folder, bench_sources, tmp_path / "models", base=base)
+        kit.rewards()
+        kit.trained("genarm", 0)
+    made = sorted(
+        str(path.relative_to(tmp_path / "models")) for path in (tmp_path / "models").glob("*/*/*/doctor.json")
+    )
+    assert made == ["a/seed0/genarm/doctor.json", "a@small/seed0/genarm/doctor.json"]
+    assert [path.parent.name for path in (tmp_path / "models").glob("*/rewards")] == ["a"]
+
+
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_trained_model_is_taken_as_it_is(tiny_folder: Path, bench_sources: Path, models: Path, kind: str) -> None:
     kit, told = kit_of(tiny_folder, bench_sources, models)
@@ -105,6 +143,7 @@ def test_a_doctor_of_other_rewards_or_another_base_is_refused(
 ) -> None:
     """Token rewards made anew from other pairs: their fingerprint is no longer the one that the doctor names."""
     other = shutil.copytree(tiny_folder, tmp_path / "copy")
+    shutil.copytree(models / "a", models / "a@copy")
     kit, _ = kit_of(tiny_folder, bench_sources, models, base=str(other))
     with pytest.raises(FingerprintMismatch, match="base: stored"):
         kit.trained("tfpo", 0)

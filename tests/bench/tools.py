@@ -29,6 +29,7 @@ class Told:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.units: list[int] = []
+        self.said: list[str] = []
 
     def start(self, description: str, total: int | None = None, unit: str = "") -> None:
         self.started.append(description)
@@ -41,7 +42,7 @@ class Told:
         pass
 
     def say(self, text: str) -> None:
-        pass
+        self.said.append(text)
 
     def training_callback(self, description: str) -> TrainerCallback:
         told = self

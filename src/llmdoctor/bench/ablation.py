@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS
 from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, Contender, guided
+from llmdoctor.errors import UserError
 
 BETAS = (1.0, 2.0)
+WHOLE = "tfpo"
+"""The doctor with all its parts, as `ABLATIONS` names it."""
 
 
 class AblationRow(TypedDict):
@@ -27,14 +31,26 @@ class AblationRow(TypedDict):
     seeds: int
 
 
-def make_ablation(arena: Arena) -> list[AblationRow]:
-    """Train and decode what is missing, write `ablation.json`; returns its rows."""
+def make_ablation(arena: Arena, kinds: Sequence[str] = ()) -> list[AblationRow]:
+    """Train and decode what is missing, write `ablation.json`; returns its rows.
+
+    Args:
+        arena: where.
+        kinds: of `ABLATIONS`, those that stand beside the whole doctor; all if none is given.
+
+    Raises:
+        UserError: a kind that is not there.
+        ShardDone: as `Arena.decode`.
+    """
+    if unknown := sorted(set(kinds) - set(ABLATIONS)):
+        raise UserError(f"no variant of the doctor is named {', '.join(unknown)}; there is {', '.join(ABLATIONS)}")
     settings = tuple({"beta": beta} for beta in BETAS)
     # Their answers are the main comparison's.
-    there = {"tfpo": DOCTOR, "no_rounds": DOCTOR_OF_PAIRS}
+    there = {WHOLE: DOCTOR, "no_rounds": DOCTOR_OF_PAIRS}
     variants = {
         kind: Contender(there.get(kind, kind), kind, "", settings, guided(kind, "ratio"), trained=(kind,))
         for kind in ABLATIONS
+        if not kinds or kind in (WHOLE, *kinds)
     }
     arena.decode(list(variants.values()))
     rows: list[AblationRow] = []
@@ -45,7 +61,7 @@ def make_ablation(arena: Arena) -> list[AblationRow]:
                 rows.append(
                     {
                         "task": task.name,
-                        "variant": "whole" if kind == "tfpo" else kind,
+                        "variant": "whole" if kind == WHOLE else kind,
                         "beta": point.setting["beta"],
                         "score": figures["score"],
                         "score_low": figures["score_low"],

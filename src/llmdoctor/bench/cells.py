@@ -12,11 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llmdoctor.baselines.best_of_n import BestOfN, Rewarder, best_of_n_kl
 from llmdoctor.bench.judging import finite_rewards
-from llmdoctor.bench.kit import READOUT, Kit, Steps
+from llmdoctor.bench.kit import READOUT, Kit, Steps, only_one
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, SAMPLES, Built, Contender, Setting
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.chat import ChatEncoder
@@ -74,7 +72,7 @@ class Cells:
     """All answers of a comparison, below one folder.
 
     Args:
-        folder: of the files, `TASK/METHOD/SETTING-seedN.jsonl.gz`.
+        folder: of the files, `TASK/METHOD/SETTING-seedN.jsonl.gz`; TASK as `BenchOptions.folder` names it.
         options: how large.
         prompts: what is answered.
         kits: of the tasks, by name.
@@ -99,22 +97,14 @@ class Cells:
         path = self._path(task, contender, setting, seed, variant)
         stamp = self._stamp(task, contender, setting, seed)
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f".{'-'.join(path.relative_to(self.folder).parts)}.lock")
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                # Another shard is drawing them: the patient's answers serve several.
-                self.steps.say(f"waiting for another process that makes {path}")
-                lock.acquire()
-            try:
+            lock = self.folder / f".{'-'.join(path.relative_to(self.folder).parts)}.lock"
+            # Another shard may be drawing them: the patient's answers serve several.
+            with only_one(lock, path, self.steps):
                 if not path.is_file():
                     cell = self._decode(task, contender, setting, seed, variant)
                     # Recorded, not compared: another precision changes answers no more than another processor does.
                     _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
-            finally:
-                lock.release()
-                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
         return self._read(path, stamp)
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
@@ -126,7 +116,7 @@ class Cells:
         return self.prompts[: self.options.transfer_q_prompts] if contender.few_prompts else self.prompts
 
     def _path(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str) -> Path:
-        where = "any" if contender.any_task else task.name
+        where = "any" if contender.any_task else self.options.folder(task.name)
         knobs = ",".join(f"{name}={value:g}" for name, value in setting.items()) or "only"
         return self.folder / where / (variant or contender.name) / f"{knobs}-seed{seed}.jsonl.gz"
 

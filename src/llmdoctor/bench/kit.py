@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.preferences import PreferencePair, load_preferences
@@ -73,6 +74,22 @@ class Steps(Protocol):
         """A `TrainerCallback` that reports a training as one step."""
 
 
+@contextmanager
+def only_one(lock: Path, made: Path, steps: Steps) -> Iterator[None]:
+    """Hold a lock file while `made` is made; where another process makes it, say so and wait for that one to end."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        steps.say(f"waiting for another process that makes {made}")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
 class Kit:
     """Pairs, token rewards, doctors, baselines and reward models of one task.
 
@@ -86,7 +103,9 @@ class Kit:
     def __init__(self, task: Task, options: BenchOptions, folder: Path, steps: Steps) -> None:
         self.task = task
         self.options = options
-        self.folder = folder / task.name
+        # Token rewards are the patient's, whatever is trained on them.
+        self._rewards_folder = folder / task.name
+        self._models_folder = folder / options.folder(task.name)
         self.steps = steps
         self._loaded: dict[tuple[Any, ...], Any] = {}
 
@@ -115,12 +134,12 @@ class Kit:
         def acquire() -> RewardStore:
             pairs = self.pairs()
             faces = face_pairs(self.task.faces)[0]
-            self.folder.mkdir(parents=True, exist_ok=True)
             # All seeds share them, and another shard may need them at the same moment.
-            with FileLock(self.folder / f".{name}.lock"):
+            folder = self._rewards_folder / name
+            with only_one(self._rewards_folder / f".{name}.lock", folder, self.steps):
                 self.steps.start(f"{self.task.name}: token rewards", len(pairs), "pairs")
                 store = acquire_rewards(
-                    self.patient, pairs, self.folder / name, faces=faces, rewards=RewardOptions(**options),
+                    self.patient, pairs, folder, faces=faces, rewards=RewardOptions(**options),
                     progress=self.steps.advance,
                 )  # fmt: skip
                 self.steps.done()
@@ -130,7 +149,13 @@ class Kit:
 
     def trained(self, kind: str, seed: int) -> Path:
         """The folder of a trained model: an entry of `ABLATIONS`, "dpo", "genarm" or "reward_model"."""
-        return self._once(("trained", kind, seed), lambda: self._train(kind, seed))
+
+        def train() -> Path:
+            folder = self._models_folder / f"seed{seed}" / kind
+            with only_one(folder.parent / f".{kind}.lock", folder, self.steps):
+                return self._train(kind, seed, folder)
+
+        return self._once(("trained", kind, seed), train)
 
     def guide(self, kind: str, seed: int, form: str) -> Guide:
         """A trained doctor, or DPO or GenARM, as a guide of the patient."""
@@ -198,8 +223,7 @@ class Kit:
             self._loaded[key] = make()
         return self._loaded[key]
 
-    def _train(self, kind: str, seed: int) -> Path:
-        folder = self.folder / f"seed{seed}" / kind
+    def _train(self, kind: str, seed: int, folder: Path) -> Path:
         name = f"{self.task.name}, seed {seed}: training {kind}"
         if kind in ABLATIONS:
             return self._train_doctor(kind, seed, folder, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llmdoctor.errors import UserError
 
@@ -100,6 +101,10 @@ class BenchOptions:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
+    def folder(self, task: str) -> str:
+        """Where a task's trained models, and the answers made with them, go: see `folder_of`."""
+        return folder_of(task, self.base, self.patient)
+
     def quick(self) -> BenchOptions:
         """A smoke run: small enough for ten minutes on two cores, far too small to mean anything."""
         most = {
@@ -108,3 +113,11 @@ class BenchOptions:
             "transfer_q_prompts": 4, "batch_size": 128,
         }  # fmt: skip
         return replace(self, **{name: min(getattr(self, name), value) for name, value in most.items()})
+
+
+def folder_of(task: str, base: str, patient: str) -> str:
+    """Name of a task's folder: the task's own, with the name of the base behind it where that is not the patient.
+
+    So that one folder of results holds what was trained from several bases.
+    """
+    return task if base in ("", patient) else f"{task}@{Path(base).resolve().name}"

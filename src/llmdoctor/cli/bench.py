@@ -231,6 +231,9 @@ def ablation(
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
+    variant: Annotated[
+        list[str], typer.Option("--variant", metavar="NAME", help="Only this variant beside the whole. Repeatable.")
+    ] = [],  # noqa: B006
     shard: _Shard = None,
     size: _Size,
 ) -> None:
@@ -241,7 +244,7 @@ def ablation(
     from llmdoctor.bench.ablation import make_ablation
 
     with _arena(run, output, quick, size, task, shard=shard) as arena:
-        rows = make_ablation(arena)
+        rows = make_ablation(arena, variant)
     show_rows(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
     show_done(run, output, "ablation.json", quick)
 

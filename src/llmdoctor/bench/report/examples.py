@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT
+from llmdoctor.bench.options import folder_of
 from llmdoctor.bench.report.looks import Look, look, setting_text
 from llmdoctor.bench.report.results import BenchResults
 from llmdoctor.data.formats import Message
@@ -56,7 +57,7 @@ def read_examples(results: BenchResults) -> tuple[dict[str, list[Example]], str]
     examples: dict[str, list[Example]] = {}
     for task in results.tasks:
         answers = {
-            method: (setting, _read(_path(raw, task, method, setting)))
+            method: (setting, _read(_path(raw / _folder(results, task, method), method, setting)))
             for method, setting in _settings(results, task).items()
         }
         found = {method: entry for method, entry in answers.items() if entry[1]}
@@ -92,11 +93,16 @@ def _settings(results: BenchResults, task: str) -> dict[str, dict[str, float]]:
     return {method: settings[method] for method in METHODS if method in settings}
 
 
-def _path(raw: Path, task: str, method: str, setting: Mapping[str, float]) -> Path:
+def _folder(results: BenchResults, task: str, method: str) -> str:
+    options = results.records.get("table.json", {}).get("options", {})
+    own = folder_of(task, options.get("base", ""), options.get("patient", ""))
+    return "any" if CONTENDERS[method].any_task else own
+
+
+def _path(folder: Path, method: str, setting: Mapping[str, float]) -> Path:
     # As `bench.cells.Cells` names them.
-    folder = raw / ("any" if CONTENDERS[method].any_task else task) / method
     knobs = ",".join(f"{name}={value:g}" for name, value in setting.items()) or "only"
-    return folder / f"{knobs}-seed0.jsonl.gz"
+    return folder / method / f"{knobs}-seed0.jsonl.gz"
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
