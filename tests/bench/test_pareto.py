@@ -14,11 +14,13 @@ from llmdoctor.baselines.merging import reward_soup
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender
 from llmdoctor.bench.options import Task
-from llmdoctor.bench.pareto import FIRST_SHARES, Pareto, ParetoPoint, _volume, make_pareto
+from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS, Pareto, ParetoPoint, _volume, make_pareto
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
+
+ONE = dict.fromkeys(STRENGTHS, (1.0,))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def made(
 ) -> tuple[Arena, Told, Pareto]:
     output = tmp_path_factory.mktemp("pareto")
     arena, told = arena_of(tiny_folder, bench_sources, output, tasks=tasks_of(bench_sources), seeds=1)
-    return arena, told, make_pareto(arena, (1.0,))
+    return arena, told, make_pareto(arena, ONE)
 
 
 def test_points_of_every_method_and_mixture(made: tuple[Arena, Told, Pareto]) -> None:
@@ -42,7 +44,8 @@ def test_points_of_every_method_and_mixture(made: tuple[Arena, Told, Pareto]) ->
     ]
     assert all(set(point) == set(get_type_hints(ParetoPoint)) for point in result["points"])
     assert set(result["hypervolume"]) == {"llmdoctor", "reward_soup", "mod"}
-    for volume in result["hypervolume"].values():
+    for method, volume in result["hypervolume"].items():
+        assert volume["kl"] == max(point["kl"] for point in result["points"] if point["method"] == method)
         assert 0 <= volume["low"] <= volume["high"]
         assert volume["value"] >= 0
 
@@ -69,13 +72,23 @@ def test_a_point_is_on_the_front_unless_its_method_has_a_better_one(made: tuple[
         assert point["on_front"] == (not beaten)
 
 
+def test_strengths_that_spend_alike() -> None:
+    """What is told of them is what the committed frontier says: three times DPO's strength is about DPO's KL."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "frontier.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    kl = {(row["task"], row["method"], row["setting"].get("beta")): row["kl"] for row in rows}
+    for task, ours, theirs in (("sentiment", 30, 32), ("readability", 39, 44)):
+        spent = kl[task, "llmdoctor", STRENGTHS["llmdoctor"][0]], kl[task, "dpo", STRENGTHS["mod"][0]]
+        assert spent == (pytest.approx(ours, abs=0.5), pytest.approx(theirs, abs=0.5))
+
+
 def test_a_volume_by_hand() -> None:
     """Reference (0, 0); points (2, 1) and (1, 2), on every prompt alike: 2 · 1 + 1 · 2 − 1 · 1 = 3, without spread."""
     patient = np.zeros((5, 1, 2))
     scores = np.stack([np.broadcast_to([2.0, 1.0], (5, 1, 2)), np.broadcast_to([1.0, 2.0], (5, 1, 2))])
-    assert _volume(scores, patient) == {"value": 3.0, "low": 3.0, "high": 3.0}
+    assert _volume(scores, patient) == (3.0, 3.0, 3.0)
     # What is worse than the patient on one count dominates nothing.
-    assert _volume(np.broadcast_to([5.0, -1.0], (1, 5, 1, 2)), patient)["value"] == 0
+    assert _volume(np.broadcast_to([5.0, -1.0], (1, 5, 1, 2)), patient)[0] == 0
 
 
 @pytest.mark.parametrize(("method", "kind"), [("llmdoctor", "tfpo"), ("mod", "dpo")])
@@ -120,7 +133,7 @@ def kept(arena: Arena, method: str, kind: str) -> list[str]:
 def test_a_second_run_finds_all(made: tuple[Arena, Told, Pareto], tiny_folder: Path, bench_sources: Path) -> None:
     before = cell_files(made[0].output)
     arena, told = arena_of(tiny_folder, bench_sources, made[0].output, tasks=tasks_of(bench_sources), seeds=1)
-    assert make_pareto(arena, (1.0,)) == made[2]
+    assert make_pareto(arena, ONE) == made[2]
     assert told.started == []
     assert cell_files(made[0].output) == before
 
@@ -132,7 +145,7 @@ def test_other_pairs_of_either_task_are_refused(
     swapped = Task(two.name, one.pairs, two.faces, two.judge)
     arena, _ = arena_of(tiny_folder, bench_sources, made[0].output, tasks=[one, swapped], seeds=1)
     with pytest.raises(FingerprintMismatch, match="learned: stored"):
-        make_pareto(arena, (1.0,))
+        make_pareto(arena, ONE)
 
 
 def test_two_tasks_are_needed(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:

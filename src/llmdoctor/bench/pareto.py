@@ -23,9 +23,10 @@ RESAMPLES = 500
 FIRST_SHARES = (0.25, 0.5, 0.75)
 """Weight of the first task; the second has the rest."""
 
-STRENGTHS = (1.0, 2.0)
-"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; beyond, all
-three go on along the same log-ratios."""
+STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (3.0, 6.0), "reward_soup": (1.0, 2.0), "mod": (1.0, 2.0)}
+"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; beyond, they go
+on along the same log-ratios. LLMdoctor's are three times as high because a β of 3 spends what DPO's 1 does: 30 and 32
+nats on sentiment, 39 and 44 on readability (`benchmarks/results/frontier.json`)."""
 
 
 class ParetoPoint(TypedDict):
@@ -40,11 +41,12 @@ class ParetoPoint(TypedDict):
 
 
 class Volume(TypedDict):
-    """A hypervolume with its bootstrap interval over prompts."""
+    """A hypervolume with its bootstrap interval over prompts, and the most KL, in nats, that a point of it spends."""
 
     value: float
     low: float
     high: float
+    kl: float
 
 
 class Pareto(TypedDict):
@@ -69,8 +71,12 @@ class _Scored:
     distinct_4: float
 
 
-def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
+def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGTHS) -> Pareto:
     """Decode what is missing, write `pareto.json`; returns its content.
+
+    Args:
+        arena: where.
+        strengths: of each method.
 
     Raises:
         UserError: the comparison has not exactly two tasks.
@@ -118,13 +124,18 @@ def make_pareto(arena: Arena, strengths: Sequence[float] = STRENGTHS) -> Pareto:
                     "on_front": place in front,
                 }
             )
-        result["hypervolume"][method] = _volume(np.stack([entry.scores for entry in own]), patient.scores)
+        value, low, high = _volume(np.stack([entry.scores for entry in own]), patient.scores)
+        spent = max(entry.kl for entry in own)
+        result["hypervolume"][method] = {"value": value, "low": low, "high": high, "kl": spent}
     arena.write("pareto.json", result)
     return result
 
 
-def _volume(scores: Any, patient: Any) -> Volume:
-    """Scores [points, prompts, seeds, 2] and the patient's [prompts, seeds, 2]: drawn prompt by prompt, both alike."""
+def _volume(scores: Any, patient: Any) -> tuple[float, float, float]:
+    """Value and interval of scores [points, prompts, seeds, 2] and the patient's [prompts, seeds, 2].
+
+    Prompts are drawn for both alike.
+    """
     rng = np.random.default_rng(0)
     count = scores.shape[1]
 
@@ -133,7 +144,7 @@ def _volume(scores: Any, patient: Any) -> Volume:
 
     values = [volume(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
     low, high = np.quantile(values, [0.025, 0.975])
-    return {"value": volume(np.arange(count)), "low": float(low), "high": float(high)}
+    return volume(np.arange(count)), float(low), float(high)
 
 
 def _scored(arena: Arena, task: Task, contender: Contender, setting: Setting) -> _Scored:
@@ -161,8 +172,11 @@ def _texts(answers: Sequence[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def _contenders(arena: Arena, strengths: Sequence[float]) -> list[Contender]:
-    settings = tuple({"share": share, "strength": strength} for strength in strengths for share in FIRST_SHARES)
+def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[Contender]:
+    settings = {
+        method: tuple({"share": share, "strength": strength} for strength in own for share in FIRST_SHARES)
+        for method, own in strengths.items()
+    }
     kits = [arena.kits[task.name] for task in arena.tasks]
 
     def mixed(kind: str) -> Callable[[Kit, int, Setting], Built]:
@@ -185,12 +199,11 @@ def _contenders(arena: Arena, strengths: Sequence[float]) -> list[Contender]:
         reference = load_guide(paths[0], kits[0].patient).reference
         return _built(kits[0].patient, [Guide("soup", merged, reference)], {"soup": setting["strength"]}, arena)
 
+    doctors, merged, mod = "LLMdoctor, two doctors", "Reward Soup of DPO policies", "MOD of DPO policies"
     return [
-        Contender(
-            "llmdoctor", "LLMdoctor, two doctors", "arXiv 2601.10416", settings, mixed("tfpo"), trained=("tfpo",)
-        ),
-        Contender("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", settings, soup, trained=("dpo",)),
-        Contender("mod", "MOD of DPO policies", "arXiv 2406.18853", settings, mixed("dpo"), trained=("dpo",)),
+        Contender("llmdoctor", doctors, "arXiv 2601.10416", settings["llmdoctor"], mixed("tfpo"), trained=("tfpo",)),
+        Contender("reward_soup", merged, "arXiv 2306.04488", settings["reward_soup"], soup, trained=("dpo",)),
+        Contender("mod", mod, "arXiv 2406.18853", settings["mod"], mixed("dpo"), trained=("dpo",)),
     ]
 
 

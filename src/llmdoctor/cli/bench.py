@@ -216,11 +216,15 @@ def pareto(
     from llmdoctor.bench.pareto import STRENGTHS, make_pareto
 
     with _arena(run, output, quick, size, shard=shard) as arena:
-        result = make_pareto(arena, STRENGTHS[:1] if quick else STRENGTHS)
+        most = 1 if quick else None
+        result = make_pareto(arena, {method: values[:most] for method, values in STRENGTHS.items()})
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
     show_rows(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
     for name, volume in result["hypervolume"].items():
-        run.say(f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f})")
+        run.say(
+            f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f}), "
+            f"at most {volume['kl']:.1f} nats"
+        )
     show_done(run, output, "pareto.json", quick)
 
 
