@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding import lane as lane_module
 from llmdoctor.decoding.guides import LaneSpec, lanes_of
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.reward_lane import RewardLane
@@ -55,6 +56,56 @@ def check(lane: Lane, spec: LaneSpec, rows: list[list[int]]) -> None:
     for row, got in zip(rows, logits, strict=True):
         close(got, whole(spec, [*row, 11]))
         row.append(11)
+
+
+BEGINNING = list(range(60, 90))
+ALIKE = [
+    [*BEGINNING, 5], [*BEGINNING, 7, 8, 9, 10, 11], [*BEGINNING, 5], [*BEGINNING, 7, 8], [*BEGINNING, *BEGINNING[:4]],
+]  # fmt: skip
+"""Two are one prompt, and one is how another begins."""
+
+
+def read(spec: LaneSpec, prompts: list[list[int]], above: int, patch: pytest.MonkeyPatch) -> tuple[Lane, Tensor, int]:
+    """A lane that has read its prompts, their states, and how many tokens were run."""
+    patch.setattr(lane_module, "_SHARE_ABOVE", above)
+    lane, run = Lane(spec, prompts, 4), 0
+    forward = lane._forward
+
+    def counted(ids: Tensor, *others: Any) -> Tensor:
+        nonlocal run
+        run += ids.numel()
+        return forward(ids, *others)
+
+    patch.setattr(lane, "_forward", counted)
+    return lane, lane.prefill_states(), run
+
+
+@pytest.mark.parametrize("prompts", [ALIKE, [[*BEGINNING, token] for token in (1, 2, 3)]])
+def test_a_beginning_that_all_share_is_read_once(
+    spec: LaneSpec, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States, mask and what follows are those of whole passes; the tokens that were run are fewer."""
+    lane, states, run = read(spec, prompts, 2 * len(BEGINNING) - 1, monkeypatch)
+    plain, expected, all_of_them = read(spec, prompts, 10**9, monkeypatch)
+    distinct, longest = len({tuple(row) for row in prompts}), max(map(len, prompts))
+    assert run == len(BEGINNING) + distinct * (longest - len(BEGINNING))
+    assert all_of_them == distinct * longest
+    assert torch.equal(lane.mask, plain.mask)
+    close(states[lane.mask.bool()], expected[lane.mask.bool()])
+    rows = [list(row) for row in prompts]
+    check(lane, spec, rows)
+    check(lane, spec, rows)
+
+
+@pytest.mark.parametrize(
+    "prompts", [[[5, 9], [5, 9]], [[5], [5, 9]], [[5, 9], [6, 9]], [[*BEGINNING, 1], [*BEGINNING, 2]]]
+)
+def test_what_saves_too_little_is_read_in_one_pass(
+    spec: LaneSpec, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, _, run = read(spec, prompts, len(BEGINNING), monkeypatch)
+    assert run == lane._ids.numel()
+    check(lane, spec, [list(row) for row in prompts])
 
 
 def test_candidates_do_not_see_each_other(spec: LaneSpec) -> None:

@@ -190,6 +190,14 @@ def test_voices_are_the_merged_models(folders: list[Path], tiny_folder: Path) ->
             expected = torch.stack([whole(model, row) for model in which for row in rows])
             assert torch.allclose(logits, expected, atol=2e-4)
 
+        # Voices share a beginning as they share all else.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llmdoctor.decoding.lane._SHARE_ABOVE", 0)
+            alike = [[1, 2, 3, *row] for row in rows]
+            lane = Lane(spec, alike, 3)
+            assert lane._begin == 3
+            check(lane, lane.prefill(), alike)
+            check(lane, lane.step(torch.full((4,), 11)), [[*row, 11] for row in alike])
         lane = Lane(spec, rows, 3)
         check(lane, lane.prefill(), rows)
         rows = [[*row, 11] for row in rows]

@@ -24,6 +24,11 @@ _PACK_SLACK = 32
 """Columns may exceed what the longest row sees by this factor and this many before it pays to close the holes."""
 
 
+_SHARE_ABOVE = 128
+"""Prompts that begin alike have their beginning read once where that saves more tokens than this: it is one pass more,
+which costs the reading of all weights."""
+
+
 class Lane:
     """One model with its cache over the rows alive, in all its voices at once.
 
@@ -37,11 +42,16 @@ class Lane:
     """
 
     def __init__(self, spec: LaneSpec, prompts: list[list[int]], room: int) -> None:
-        self._set_up(spec, room)
         # Several samples of one prompt are one row until their first token.
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         self._source = [distinct.index(tuple(ids)) for ids in prompts]
         longest = max(map(len, distinct))
+        begin = _common_beginning(distinct)
+        if (len(distinct) - 1) * begin <= _SHARE_ABOVE:
+            begin = 0
+        # What does not belong to the beginning is appended to it.
+        self._set_up(spec, room + longest - begin if begin else room)
+        self._begin = begin if self.sees_everything else 0
         self._ids = torch.zeros(len(distinct), longest, dtype=torch.long)
         self._mask = torch.zeros(len(distinct), longest, dtype=torch.long)
         for place, ids in enumerate(distinct):
@@ -105,11 +115,28 @@ class Lane:
     def prefill_states(self) -> Tensor:
         """Run the prompts; returns their hidden states [M·B, P, D]."""
         distinct = len(self._ids)
-        hidden = self._forward(self._ids, position_ids(self._mask))
+        hidden = self._read_beginning_once() if self._begin else self._forward(self._ids, position_ids(self._mask))
         if len(self._source) > distinct:
             self.keep(self._source)
             hidden = hidden[self._spread(torch.tensor(self._source, device=self.device), distinct)]
         return hidden
+
+    def _read_beginning_once(self) -> Tensor:
+        """As a pass over the prompts, but what all of them begin with is read in one row."""
+        count, begin, whole = len(self._ids), self._begin, self._mask
+        own = whole * (whole.cumsum(-1) > begin)
+        first = self._ids[:1][whole[:1].bool()][None, :begin]
+        self._mask = torch.ones_like(first)
+        hidden = self._forward(first, position_ids(self._mask))
+        spread = self._spread(torch.zeros(count, dtype=torch.long, device=self.device), 1)
+        self.keep([0] * count)
+        hidden = torch.cat([hidden[spread], self.feed(self._ids[:, begin:], own[:, begin:])], dim=1)
+        if bool(whole.all()):
+            return hidden
+        # A shorter prompt's padding lies behind the beginning; it belongs before it.
+        order = self._order().repeat(len(self._voices), 1)
+        self.pack()
+        return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
         """Append one token [B] to every row, or to the `active` [B] ones; returns the next logits [M·B, V].
@@ -265,14 +292,16 @@ class Lane:
         count = self._mask.shape[1]
         lengths = self._mask.sum(-1)
         longest = int(lengths.max())
-        # Stable: hidden columns first, then the seen ones in their order.
-        order = self._mask.argsort(dim=-1, stable=True)
-        order = order[:, count - longest :]
+        order = self._order()[:, count - longest :]
         for number, layer in enumerate(self._cache.layers):
             layer.select_columns(order.repeat(len(self._voices), 1) if self._is_forked(number) else order)
         seen_before = torch.nn.functional.pad(self._mask.cumsum(-1), (1, 0))
         self._mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
         return longest - lengths[:, None] + seen_before
+
+    def _order(self) -> Tensor:
+        """[B, T] each row's columns, those that it does not see first, the others in their order."""
+        return self._mask.argsort(dim=-1, stable=True)
 
     def join(self, other: Lane, room: int) -> None:
         """Append the rows of `other`, a lane of the same model and voices, into which `room` more tokens fit.
@@ -318,6 +347,13 @@ class Lane:
             **given, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
         ).last_hidden_state
         return hidden
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each is left one of its own, which the first token is drawn after."""
+    least, most = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    return next((place for place in range(limit) if least[place] != most[place]), limit)
 
 
 def context_of(model: Any) -> int:
