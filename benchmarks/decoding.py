@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ import torch  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from benchmarks.memory import peak_of_process  # noqa: E402
 from benchmarks.record import record  # noqa: E402
 from llmdoctor.data.prompts import load_prompts  # noqa: E402
 from llmdoctor.decoding.adapter import Adapter  # noqa: E402
@@ -209,15 +209,6 @@ def memory(way: str, spec: str, doctor: Path, rows: int, tokens: int) -> None:
             guides = [replace(guides[0], model=merged(doctor, spec), adapter=None)]
     engine(patient, guides, rows, tokens)()
     print(torch.cuda.max_memory_allocated() if patient.model.device.type == "cuda" else peak_of_process())
-
-
-def peak_of_process() -> int:
-    """Bytes that were resident at most. Linux's own counter, because getrusage's begins with the parent's peak."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak(way: str, arguments: argparse.Namespace, doctor: Path, tokens: int) -> int:

@@ -36,12 +36,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from benchmarks.memory import peak_of_process
 from benchmarks.record import record
 from llmdoctor.baselines.dpo import BETA, dpo_trainer
 from llmdoctor.baselines.training import AdapterTraining, BaselineOptions, lora_config, token_rows
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.preferences import load_preferences
-from llmdoctor.demo import peak_rss_gb
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.acquire import acquire_rewards
 from llmdoctor.rewards.faces import face_pairs
@@ -62,7 +62,7 @@ class StepTimes(TrainerCallback):
         self._last = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.loaded_gb = peak_rss_gb()
+        self.loaded_gb = peak_of_process() / 1e9
         self._last = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -132,7 +132,7 @@ def child(arguments: argparse.Namespace) -> None:
             base.model.set_attn_implementation(arguments.attention)
         options = BaselineOptions(epochs=arguments.epochs, batch_pairs=arguments.batch, eval_fraction=0.0)
         train_dpo(arguments.child, base, store, folder, options, times)
-    print(json.dumps({"steps": times.seconds, "loaded_gb": times.loaded_gb, "peak_rss_gb": peak_rss_gb()}))
+    print(json.dumps({"steps": times.seconds, "loaded_gb": times.loaded_gb, "peak_rss_gb": peak_of_process() / 1e9}))
 
 
 def run(way: str, attention: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import Any
 
 import pytest
 
+from llmdoctor.bench.ablation import make_ablation
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, DOCTOR, PATIENT, SAMPLES
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions
+from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS, make_pareto
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import make_frontier, make_table
 from llmdoctor.cli.progress import Progress
@@ -113,3 +116,33 @@ def test_marks_read_as_the_answer(arena: Arena) -> None:
     for (answer,) in point(arena, DOCTOR).answers.values():
         assert len(answer.marks) == answer.tokens
         assert "".join(text for text, _ in answer.marks).startswith(answer.text[:10])
+
+
+@pytest.fixture(scope="module")
+def both(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    """Going on with the second task, in a copy."""
+    output = tmp_path_factory.mktemp("both") / "arena"
+    shutil.copytree(arena.output, output)
+    return Arena(output, OPTIONS, Progress(), quick=True)
+
+
+def test_two_objectives_at_once(both: Arena) -> None:
+    """Two doctors mixed, a soup of two policies, and the mixture of both: answers of theirs, each measured twice."""
+    with quiet_training(verbose=False):
+        result = make_pareto(both, {method: values[:1] for method, values in STRENGTHS.items()})
+    assert set(result["hypervolume"]) == set(STRENGTHS)
+    assert len(result["points"]) == len(STRENGTHS) * len(FIRST_SHARES)
+    assert result["reference"][0] == pytest.approx(both.patient(both.tasks[0]).score)
+    for point in result["points"]:
+        assert all(map(math.isfinite, point["scores"]))
+        assert math.isfinite(point["kl"])
+    texts = {path.parent.name: path.read_bytes() for path in (both.output / "raw/sentiment+readability").rglob("*.gz")}
+    assert len(set(texts.values())) == len(STRENGTHS)
+
+
+def test_a_part_taken_away(both: Arena) -> None:
+    alone = Arena(both.output, OPTIONS, Progress(), CONTROLLED_TASKS[:1], quick=True)
+    with quiet_training(verbose=False):
+        rows = make_ablation(alone, ["pairs_no_flow"])
+    assert [row["variant"] for row in rows] == ["whole", "whole", "pairs_no_flow", "pairs_no_flow"]
+    assert all(math.isfinite(row["score"]) and math.isfinite(row["kl"]) for row in rows)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from tests.bench.tools import Told, options_of, tasks_of
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS, Kit
+from llmdoctor.bench.methods import CONTENDERS
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
 from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
@@ -127,6 +130,20 @@ def test_a_trained_model_is_taken_as_it_is(tiny_folder: Path, bench_sources: Pat
     assert kit.trained(kind, 1) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     assert not [step for step in told.started if "training" in step]
+
+
+@torch.inference_mode()
+def test_transfer_q_looks_ahead_with_the_policy_that_dpo_trained(
+    tiny_folder: Path, bench_sources: Path, models: Path
+) -> None:
+    """Not with its base, which the patient and its guides share."""
+    kit, _ = kit_of(tiny_folder, bench_sources, models)
+    decoder: Any = CONTENDERS["transfer_q"].build(kit, 0, {"strength": 1.0}).decoder  # type: ignore[misc]
+    ids = torch.tensor([[5, 9, 200, 7]])
+    bare = kit.patient.model(ids).logits
+    trained = PeftModel.from_pretrained(kit.fresh_base().model, models / "a" / "seed0" / "dpo" / "adapter")(ids).logits
+    assert torch.allclose(decoder.aligned.model(ids).logits, trained, atol=1e-5)
+    assert float((trained - bare).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", TRAINED)

@@ -154,7 +154,9 @@ def table_rows():
                         "doctor_settings": [{"beta": 2}, {"beta": 3}] if at == "best" else [{"beta": 1}, {"beta": 1.5}],
                         "doctor_score": 0.82,
                         "doctor_kl": 19.5 if clamped else kl,
+                        "doctor_distinct_4": 0.97,
                         "clamped": clamped,
+                        "keeps_text": method != "contrastive",
                     }
                 )
     return rows

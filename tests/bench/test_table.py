@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,7 +18,7 @@ from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender, Setting
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Figures, Point
-from llmdoctor.bench.table import Chosen, Elo, Row, _ratings, at_kl, best_point, make_table
+from llmdoctor.bench.table import Chosen, Elo, Match, Row, _all_outcomes, at_kl, best_point, make_table
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.diversity import self_bleu
 from llmdoctor.evaluation.metrics import distinct_n
@@ -107,7 +109,22 @@ def test_distinct_4_must_keep_95_percent_of_the_patients() -> None:
 
 def test_where_no_setting_keeps_the_text_the_gentlest_is_best() -> None:
     points = [point({"beta": beta}, [beta] * 4, patient_logp=-40.0) for beta in (1.0, 2.0, 3.0)]
-    assert best(points, point({}, [0, 0, 0, 0])).settings == [{"beta": 1.0}]
+    chosen = best(points, point({}, [0, 0, 0, 0]))
+    assert chosen.settings == [{"beta": 1.0}]
+    assert not chosen.keeps_text
+    assert not best(points[:1], point({}, [0, 0, 0, 0])).keeps_text
+    assert best([point({"beta": 0.5}, [0] * 4), *points], point({}, [0, 0, 0, 0])).keeps_text
+
+
+def test_one_half_without_a_setting_is_enough_to_be_told() -> None:
+    """p0 and p2 are garbled at every setting, p1 and p3 at none."""
+    whole = point({"beta": 1.0}, [0, 0, 0, 0])
+    answers = {
+        prompt: [replace(answer, patient_logp=-40.0) for answer in row] if prompt in ("p0", "p2") else row
+        for prompt, row in whole.answers.items()
+    }
+    points = [replace(whole, answers=answers, setting={"beta": beta}) for beta in (1.0, 2.0)]
+    assert not best(points, point({}, [0, 0, 0, 0])).keeps_text
 
 
 def test_a_single_setting_is_taken_for_all_prompts() -> None:
@@ -210,6 +227,7 @@ def test_counts_and_shares_agree(rows: list[Row]) -> None:
         assert row["ci_low"] <= row["win_plus_half_tie"] <= row["ci_high"]
         assert row["tokens_per_second"] > 0
         assert 0 <= row["distinct_4"] <= 1
+        assert 0 <= row["doctor_distinct_4"] <= 1
 
 
 def test_at_equal_kl_llmdoctor_spends_what_the_other_does(rows: list[Row], compared: Arena) -> None:
@@ -285,14 +303,27 @@ def test_ratings_hold_the_patient_still(compared: Arena) -> None:
     assert own["low"] == own["elo"] == own["high"]
 
 
-def test_a_scorer_rates_by_all_pairs(compared: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of n methods n(n − 1)/2 pairs."""
-    met: dict[tuple[str, str], Any] = {}
-    monkeypatch.setattr("llmdoctor.bench.table.bradley_terry", lambda outcomes, anchor: met.update(outcomes) or {})
+def test_each_pair_of_methods_has_its_row(rows: list[Row], compared: Arena) -> None:
+    """Of n methods n(n − 1)/2; where LLMdoctor is one of them, what the table says from its side, on all prompts."""
+    found = json.loads((compared.output / "pairs.json").read_text())
+    assert [(row["first"], row["second"]) for row in found] == list(itertools.combinations(CONTENDERS, 2))
+    assert all(set(row) == set(get_type_hints(Match)) for row in found)
+    best = {row["method"]: row for row in rows if row["at"] == "best"}
+    for row in found:
+        assert row["ci_low"] <= row["win_plus_half_tie"] <= row["ci_high"]
+        if row["first"] == DOCTOR:
+            same = ("win", "tie", "loss", "win_plus_half_tie", "ci_low", "ci_high", "prompts")
+            assert [row[key] for key in same] == [best[row["second"]][key] for key in same]  # type: ignore[literal-required]
+
+
+def test_a_judge_that_costs_money_is_asked_no_more_than_links_all(
+    compared: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = compared.tasks[0]
     best = {name: best_point(compared, task, CONTENDERS[name]) for name in (DOCTOR, PATIENT, "greedy", "dpo", "top_p")}
-    _ratings(compared, task, best)
-    assert len(met) == 5 * 4 / 2
+    assert len(_all_outcomes(compared, task, best)) == 5 * 4 / 2
+    monkeypatch.setattr(type(compared.judge(task)), "only_compares", True)
+    assert len(_all_outcomes(compared, task, best)) == 5 * 4 / 2 - 3 * 2 / 2
 
 
 def test_some_methods_only(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
@@ -312,7 +343,7 @@ def test_tasks_need_names_of_their_own(tiny_folder: Path, bench_sources: Path, t
 
 def test_the_record_says_what_the_results_are_made_of(compared: Arena) -> None:
     records = json.loads((compared.output / "run.json").read_text())
-    assert set(records) == {"table.json", "elo.json", "frontier.json"}
+    assert set(records) == {"table.json", "pairs.json", "elo.json", "frontier.json"}
     record = records["table.json"]
     assert record["quick"] is False
     assert record["note"] == ""

@@ -52,7 +52,7 @@ def test_memory_follows_the_tokens_that_are_there(tiny_model: LoadedModel) -> No
 
 
 def test_what_can_come_is_the_most_that_is_spare() -> None:
-    layer = InPlaceLayer(3)
+    layer = InPlaceLayer(8)
     states = torch.zeros(1, 1, 5, 2)
     layer.update(states, states)
     assert layer._buffers is not None

@@ -80,6 +80,32 @@ def read(spec: LaneSpec, prompts: list[list[int]], above: int, patch: pytest.Mon
     return lane, lane.prefill_states(), run
 
 
+@pytest.mark.parametrize("begin", [0, 10**9])
+def test_long_prompts_are_read_piece_by_piece(spec: LaneSpec, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table of who sees whom is larger than allowed, and states, mask and what follows are those of one pass."""
+    plain, expected, _ = read(spec, ALIKE, 10**9, monkeypatch)
+    monkeypatch.setattr(lane_module, "_TABLE_ENTRIES", 400)
+    monkeypatch.setattr(lane_module, "_SHORTEST_PIECE", 2)
+    widths: list[int] = []
+    feed = Lane._feed
+
+    def seen(self: Lane, tokens: Tensor, mask: Tensor) -> Tensor:
+        states = feed(self, tokens, mask)
+        widths.append(tokens.shape[1])
+        assert tokens.shape[1] * len(mask) * self.mask.shape[1] <= 400 or tokens.shape[1] == 2
+        return states
+
+    monkeypatch.setattr(Lane, "_feed", seen)
+    lane, states, _ = read(spec, ALIKE, begin, monkeypatch)
+    assert len(widths) > 2
+    assert sum(widths) == lane.mask.shape[1] - lane._begin
+    assert torch.equal(lane.mask, plain.mask)
+    close(states[lane.mask.bool()], expected[lane.mask.bool()])
+    rows = [list(row) for row in ALIKE]
+    check(lane, spec, rows)
+    check(lane, spec, rows)
+
+
 @pytest.mark.parametrize("prompts", [ALIKE, [[*BEGINNING, token] for token in (1, 2, 3)]])
 def test_a_beginning_that_all_share_is_read_once(
     spec: LaneSpec, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from llmdoctor.decoding.cache import new_cache
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, LaneSpec, load_guide
 from llmdoctor.decoding.lane import Lane
-from llmdoctor.decoding.network import network_of
+from llmdoctor.decoding.network import _Linear, network_of
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor
 from llmdoctor.models.loading import load_model
@@ -133,6 +133,27 @@ def test_moved_weights_are_noticed(model: Any) -> None:
     expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
     got = second(ids, mask, mask.cumsum(-1) - 1, new_cache(model.config, 1))
     assert torch.allclose(got, expected, atol=1e-4)
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        known = network_of(decoder)
+        weight = getattr(decoder.layers[0].self_attn, part).weight
+        weight.data = weight.data.clone()
+        assert network_of(decoder) is not known, part
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def test_biases_are_copies_whose_changes_are_noticed() -> None:
+    parts = [torch.nn.Linear(4, 6), torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(4, 2)]
+    fused = _Linear.fuse(parts)
+    assert not fused.stale
+    x = torch.randn(3, 4)
+    assert torch.allclose(fused(x), torch.cat([part(x) for part in parts], dim=-1), atol=1e-6)
+    parts[2].bias.add_(1)
+    assert fused.stale, "changed in place, as loading a state dict does"
+    fused = _Linear.fuse(parts)
+    assert not fused.stale
+    parts[0].bias.data = parts[0].bias.data + 1
+    assert fused.stale, "replaced"
 
 
 def test_what_it_does_not_take() -> None:

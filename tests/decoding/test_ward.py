@@ -208,11 +208,39 @@ def test_no_memory_for_a_single_row(decoder: GuidedDecoder, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(Lane, "step_states", step)
         with pytest.raises(UserError, match=r"out of memory with a single prompt of \d+ tokens"):
-            decoder.generate(requests())
+            decoder.generate(requests()[1:2])
     other = RuntimeError("something else")
     monkeypatch.setattr(Lane, "step_states", lambda *_: (_ for _ in ()).throw(other))
     with pytest.raises(RuntimeError, match="something else"):
         decoder.generate(requests())
+
+
+def test_a_prompt_that_memory_cannot_hold_ends_alone(
+    decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its row says so; the others, longer batches among them, get what they get without it."""
+    asked = requests()
+    expected = alone(decoder)
+    read, sizes = Lane.prefill_states, []
+
+    def prefill(self: Lane) -> Tensor:
+        if any("how are you" in text for text in map(decoder.encoder.decode, self._ids.tolist())):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(self._source))
+        return read(self)
+
+    monkeypatch.setattr(Lane, "prefill_states", prefill)
+    done = decoder.generate(asked)
+    too_long = [request.messages[0]["content"] == TEXTS[3] for request in asked]
+    assert 0 < sum(too_long) < len(asked) - 3
+    for fails, one, other in zip(too_long, done, expected, strict=True):
+        if fails:
+            assert (one.finish_reason, one.token_ids) == ("error", [])
+        else:
+            same(one, other)
+    told = [record.getMessage() for record in caplog.records if "ends with an error" in record.getMessage()]
+    assert len(told) == sum(too_long)
+    assert told[0].startswith("Prompt 4 ends with an error: out of memory with a single prompt of")
 
 
 def test_a_stream_that_is_left_harms_nobody(decoder: GuidedDecoder) -> None:

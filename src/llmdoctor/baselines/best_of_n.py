@@ -77,6 +77,8 @@ class BestOfN:
         return [best[which] for which in range(len(asked))]
 
     def _judge(self, request: Request, samples: list[Completion]) -> Completion:
+        # One that a model broke off is no answer.
+        samples = [sample for sample in samples if sample.finish_reason != "error"] or samples
         # A stop string cuts an answer as a length limit does; only the end of turn completes it. With stop strings
         # nobody says which of them it was.
         ends = [sample.finish_reason == "stop" and not request.sampling.stop for sample in samples]

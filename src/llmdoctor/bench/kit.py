@@ -165,6 +165,15 @@ class Kit:
 
         return self._once(("guide", kind, seed, form), load)
 
+    def policy(self, kind: str, seed: int) -> LoadedModel:
+        """A trained model on its own, its adapter merged into a copy of its base."""
+        from llmdoctor.models.doctor import Doctor
+
+        def load() -> LoadedModel:
+            return Doctor.from_pretrained(self.trained(kind, seed), base=self.fresh_base()).merged()
+
+        return self._once(("policy", kind, seed), load)
+
     def reward_model(self, seed: int) -> Any:
         """The trained reward model."""
         from llmdoctor.models.reward_model import load_reward_model

@@ -143,7 +143,7 @@ def _transfer_q(kit: Kit, seed: int, setting: Setting) -> Built:
 
     decoder = TransferQ(
         kit.patient,
-        kit.guide("dpo", seed, "product").model,
+        kit.policy("dpo", seed),
         kit.reward_model(seed),
         strength=setting["strength"],
         top_k=TRANSFER_Q_CANDIDATES,

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import Contender, Setting
 from llmdoctor.evaluation.arena import score_interval
-from llmdoctor.evaluation.diversity import diversity, self_bleu
+from llmdoctor.evaluation.diversity import diversity_within, self_bleu
 from llmdoctor.evaluation.embedders import Embedder
 from llmdoctor.evaluation.metrics import distinct_n
 
@@ -108,7 +108,8 @@ class Point:
         score, kl = score_interval(self.scores), score_interval(self.kls)
         flat = [answer for row in self.answers.values() for answer in row]
         tokens = max(1, sum(answer.tokens for answer in flat))
-        within = diversity([[answer.text for answer in row] for row in self.answers.values()], embedder)
+        samples = [[answer.text for answer in row] for row in self.answers.values()]
+        within, distance = diversity_within(samples, embedder)
         return {
             "task": self.task,
             "method": self.contender.name,
@@ -124,8 +125,8 @@ class Point:
             "distinct_3": self._over_seeds(lambda texts: distinct_n(texts, 3)),
             "distinct_4": self.distinct_4,
             "self_bleu": self._over_seeds(lambda texts: self_bleu(texts, references=SELF_BLEU_REFERENCES)),
-            "self_bleu_within": within.self_bleu_within,
-            "pairwise_distance": within.pairwise_distance,
+            "self_bleu_within": within,
+            "pairwise_distance": distance,
             "perplexity": self.perplexity,
             "tokens_per_second": tokens / self.seconds,
             "patient_forwards_per_token": sum(answer.patient_forwards for answer in flat) / tokens,

@@ -23,7 +23,11 @@ the patient's. Without such a gate the largest β always scores best, whatever i
 
 
 class Row(TypedDict):
-    """One row of `table.json`; win, tie, loss and what is made of them are LLMdoctor's against the method."""
+    """One row of `table.json`; win, tie, loss and what is made of them are LLMdoctor's against the method.
+
+    Where `keeps_text` is false no setting of the method keeps the text on one half of the prompts or both, and its
+    gentlest stands in.
+    """
 
     task: str
     method: str
@@ -46,7 +50,26 @@ class Row(TypedDict):
     doctor_settings: list[dict[str, float]]
     doctor_score: float
     doctor_kl: float
+    doctor_distinct_4: float
     clamped: bool
+    keeps_text: bool
+
+
+class Match(TypedDict):
+    """One row of `pairs.json`: the first method against the second, each at its best."""
+
+    task: str
+    first: str
+    second: str
+    win: int
+    tie: int
+    loss: int
+    win_plus_half_tie: float
+    ci_low: float
+    ci_high: float
+    sign_test_p: float
+    prompts_needed: int | None
+    prompts: int
 
 
 class Elo(TypedDict):
@@ -60,7 +83,7 @@ class Elo(TypedDict):
 
 
 def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
-    """Decode what is missing, write `table.json` and `elo.json`; returns the table's rows.
+    """Decode what is missing, write `table.json`, `pairs.json` and `elo.json`; returns the table's rows.
 
     Args:
         arena: where.
@@ -69,6 +92,7 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
     chosen = [name for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
     arena.decode([CONTENDERS[name] for name in chosen])
     rows: list[Row] = []
+    pairs: list[Match] = []
     ratings: list[Elo] = []
     for task in arena.tasks:
         arena.announce_scores(task, [CONTENDERS[name] for name in chosen], _most_questions(arena, chosen))
@@ -83,8 +107,11 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
                 matches.append((name, "equal_kl", at_kl(arena, task, best[name])))
         arena.announce(task, [(doctor.texts, best[name].texts) for name, _, doctor in matches])
         rows.extend(_row(arena, task, name, at, best[name], doctor) for name, at, doctor in matches)
-        ratings.extend(_ratings(arena, task, best))
+        outcomes = _all_outcomes(arena, task, best)
+        pairs.extend(_match(task, *names, of_prompts) for names, of_prompts in outcomes.items())
+        ratings.extend(_ratings(task, outcomes))
     arena.write("table.json", rows)
+    arena.write("pairs.json", pairs)
     arena.write("elo.json", ratings)
     return rows
 
@@ -108,14 +135,16 @@ class Chosen:
         texts, scores, kls: by prompt, one value a seed; KL in nats.
         points: the settings they are from.
         clamped: the KL asked for lies beyond what the method was measured at.
+        keeps_text: every setting passed the gate where it was chosen.
     """
 
-    def __init__(self, parts: Sequence[Point], *, clamped: bool = False) -> None:
+    def __init__(self, parts: Sequence[Point], *, clamped: bool = False, keeps_text: bool = True) -> None:
         self.points = list(parts)
         self.texts = {prompt: [a.text for a in row] for part in parts for prompt, row in part.answers.items()}
         self.scores = {prompt: row for part in parts for prompt, row in part.scores.items()}
         self.kls = {prompt: row for part in parts for prompt, row in part.kls.items()}
         self.clamped = clamped
+        self.keeps_text = keeps_text
 
     @property
     def score(self) -> float:
@@ -156,14 +185,15 @@ def best_point(arena: Arena, task: Task, contender: Contender) -> Chosen:
     points = arena.points(task, contender)
     prompts = list(points[0].answers)
     halves = (prompts[::2], prompts[1::2])
-    if len(points) == 1 or not all(halves):
-        return Chosen(points[:1])
     patient = arena.patient(task)
-    parts = []
+    if len(points) == 1 or not all(halves):
+        return Chosen(points[:1], keeps_text=_keeps_text(points[0], patient.only(prompts)))
+    parts, sound = [], True
     for half, other in (halves, halves[::-1]):
-        place = _best([point.only(other) for point in points], patient.only(other))
+        place, keeps = _best([point.only(other) for point in points], patient.only(other))
         parts.append(points[place].only(half))
-    return Chosen(parts)
+        sound &= keeps
+    return Chosen(parts, keeps_text=sound)
 
 
 def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
@@ -187,15 +217,19 @@ def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
     return chosen
 
 
-def _best(points: Sequence[Point], patient: Point) -> int:
-    sound = [
-        place
-        for place, point in enumerate(points)
-        if point.perplexity <= MOST_PERPLEXITY * patient.perplexity
-        and point.distinct_4 >= LEAST_DISTINCT * patient.distinct_4
-    ]
+def _best(points: Sequence[Point], patient: Point) -> tuple[int, bool]:
+    """The place of the best setting, and whether it keeps the text."""
+    sound = [place for place, point in enumerate(points) if _keeps_text(point, patient)]
     # Where no setting keeps the text, the gentlest is the best there is.
-    return max(sound, key=lambda place: points[place].score) if sound else 0
+    return max(sound, key=lambda place: points[place].score) if sound else 0, bool(sound)
+
+
+def _keeps_text(point: Point, patient: Point) -> bool:
+    """Whether perplexity and distinct-4 stay within their multiples of the patient's, on the same prompts."""
+    return (
+        point.perplexity <= MOST_PERPLEXITY * patient.perplexity
+        and point.distinct_4 >= LEAST_DISTINCT * patient.distinct_4
+    )
 
 
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
@@ -224,7 +258,9 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "doctor_settings": doctor.settings,
         "doctor_score": doctor.score,
         "doctor_kl": doctor.kl,
+        "doctor_distinct_4": doctor.distinct_4,
         "clamped": doctor.clamped,
+        "keeps_text": method.keeps_text,
     }
 
 
@@ -235,7 +271,12 @@ def _most_questions(arena: Arena, names: Sequence[str]) -> int:
     return 4 * prompts * arena.options.seeds
 
 
-def _ratings(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> list[Elo]:
+Outcomes = Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
+"""Of two methods, by prompt: 1 where the first wins, 0 where the second does, else a half."""
+
+
+def _all_outcomes(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> Outcomes:
+    """Each method at its best against each other one, on the prompts that both answer."""
     outcomes = {}
     for one, other in itertools.combinations(best, 2):
         # Where every match costs money, those that were asked for the scores and rows link all methods.
@@ -247,6 +288,28 @@ def _ratings(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> list[Elo]:
             {prompt: best[one].texts[prompt] for prompt in shared},
             {prompt: best[other].texts[prompt] for prompt in shared},
         )
+    return outcomes
+
+
+def _match(task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]]) -> Match:
+    result = matchup_from_outcomes(outcomes)
+    return {
+        "task": task.name,
+        "first": first,
+        "second": second,
+        "win": result.win,
+        "tie": result.tie,
+        "loss": result.loss,
+        "win_plus_half_tie": result.win_plus_half_tie,
+        "ci_low": result.ci_low,
+        "ci_high": result.ci_high,
+        "sign_test_p": result.sign_test_p,
+        "prompts_needed": result.prompts_needed,
+        "prompts": result.prompts,
+    }
+
+
+def _ratings(task: Task, outcomes: Outcomes) -> list[Elo]:
     return [
         {"task": task.name, "method": name, "elo": rating.elo, "low": rating.low, "high": rating.high}
         for name, rating in bradley_terry(outcomes, PATIENT).items()

@@ -268,13 +268,23 @@ def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results
         with run.progress.step("answering", len(requests), "prompts") as step:
             step.advance(len(requests) - len(left))
 
+            broken: list[str] = []
+
             def keep(place: int, completion: Completion) -> None:
                 number = left[place]
+                if completion.finish_reason == "error":
+                    broken.append(requests[number].id or str(number + 1))
                 results.add(number, _row(requests[number], completion))
                 step.advance()
 
             decoder.generate([requests[number] for number in left], on_done=keep)
         results.finish(len(requests))
+    if broken:
+        names = ", ".join(broken[:5]) + (", …" if len(broken) > 5 else "")
+        run.say(
+            f"{len(broken)} of them end with an error: {names} (a model gave no distribution to draw from, or memory "
+            "did not suffice for that prompt alone)"
+        )
     run.say(f"{len(requests)} answers are in {results.target}, how they were made in {results.recipe_path}")
 
 

@@ -104,7 +104,8 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         metavar="FOLDER",
-        help="A draft model from `llmdoctor draft`: answers come faster where its guesses hold, and are the same.",
+        help="A draft model from `llmdoctor draft`: answers come faster where its guesses hold, and are the same (in "
+        "bfloat16 up to rounding).",
     ),
 ]
 System = Annotated[

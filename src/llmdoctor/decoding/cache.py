@@ -20,7 +20,8 @@ class InPlaceLayer(DynamicLayer):
     holes of every size. Room for all that may be appended would be as wrong: most answers end long before their limit.
 
     Args:
-        room: tokens that will be appended at most, as far as is known; no more columns than that are spare.
+        room: tokens that will be appended at most, the first ones included, as far as is known; no more columns than
+            that are made.
     """
 
     def __init__(self, room: int) -> None:
@@ -34,8 +35,7 @@ class InPlaceLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        else:
-            self._room -= key_states.shape[-2]
+        self._room -= key_states.shape[-2]
         if self._buffers is None or end > self._buffers[0].shape[-2]:
             self._grow(key_states, value_states, end + self._spare(end))
         assert self._buffers is not None
@@ -48,6 +48,8 @@ class InPlaceLayer(DynamicLayer):
         """Keep the rows `indices` only."""
         if self._buffers is not None:
             end = self.get_seq_length()
+            # Layers of a model that is spread over several devices are not where its tokens go in.
+            indices = indices.to(self._buffers[0].device)
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
@@ -74,14 +76,15 @@ class InPlaceLayer(DynamicLayer):
         assert self._buffers is not None
         count = columns.shape[1]
         for buffer in self._buffers:
-            index = (start + columns)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            index = (start + columns).to(buffer.device)[:, None, :, None]
+            index = index.expand(-1, buffer.shape[1], -1, buffer.shape[3])
             buffer[:, :, start : start + count] = buffer.gather(2, index)
         self.keys, self.values = (buffer[:, :, : start + count] for buffer in self._buffers)
 
     def select_columns(self, columns: Tensor) -> None:
         """Make each row's columns those at `columns` [B, W], in that order."""
         assert self._buffers is not None
-        index = columns[:, None, :, None]
+        index = columns.to(self._buffers[0].device)[:, None, :, None]
         states = [buffer.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[3])) for buffer in self._buffers]
         self._buffers = None
         self.keys, self.values = states[0][:, :, :0], states[1][:, :, :0]
@@ -105,7 +108,7 @@ class InPlaceLayer(DynamicLayer):
 
 
 def new_cache(config: Any, room: int) -> DynamicCache:
-    """A cache for a model of `config`; layers of full attention are written in place, `room` new tokens at most.
+    """A cache for a model of `config`; layers of full attention are written in place, `room` tokens at most.
 
     Layers of other kinds (sliding window, linear attention, …) stay transformers' own.
     """

@@ -176,11 +176,18 @@ class GuidedDecoder:
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
                 if len(back) == 1 and not back[0].done:
-                    raise UserError(
+                    told = (
                         f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
                         "a shorter prompt, fewer doctors, no draft model or bfloat16"
-                    ) from error
-                size = max(1, len(back) // 2)
+                    )
+                    if len(batch) == 1:
+                        raise UserError(told) from error
+                    _log.warning("Prompt %s ends with an error: %s.", back[0].request.id or back[0].index + 1, told)
+                    back[0].finish("error")
+                    # Its length was the reason, not how many rows there were.
+                    size = self.max_batch_size
+                else:
+                    size = max(1, len(back) // 2)
                 waiting.extendleft(reversed([row for row in back if not row.done]))
                 finished = [row for row in back if row.done and not row.reported]
                 ward.clear()

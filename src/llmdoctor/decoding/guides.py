@@ -98,6 +98,12 @@ def load_guide(
         if form == "ratio":
             reference = "patient" if on_patient else base
         # Merging changes the weights, which the patient or the reference still needs.
+        if on_patient or form == "ratio":
+            _logger.warning(
+                "the adapter of the doctor %s cannot be run beside its base (it is more than plain LoRA, or the base "
+                "is of an architecture that is run by transformers): it is merged into a second copy of %s",
+                *(path, spec),
+            )
         own = load_model(spec, **options) if on_patient or form == "ratio" else base
         return Guide(name, Doctor.from_pretrained(folder, base=own, **options).merged(), reference)
     if form == "ratio":

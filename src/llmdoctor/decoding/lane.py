@@ -29,6 +29,13 @@ _SHARE_ABOVE = 128
 which costs the reading of all weights."""
 
 
+_TABLE_ENTRIES = 1 << 26
+"""Of the table of who sees whom, at once: 128 MB in bfloat16."""
+
+_SHORTEST_PIECE = 64
+"""Tokens of a row that are read at once at least, however large their table."""
+
+
 class Lane:
     """One model with its cache over the rows alive, in all its voices at once.
 
@@ -49,8 +56,7 @@ class Lane:
         begin = _common_beginning(distinct)
         if (len(distinct) - 1) * begin <= _SHARE_ABOVE:
             begin = 0
-        # What does not belong to the beginning is appended to it.
-        self._set_up(spec, room + longest - begin if begin else room)
+        self._set_up(spec, longest + room)
         self._begin = begin if self.sees_everything else 0
         self._ids = torch.zeros(len(distinct), longest, dtype=torch.long)
         self._mask = torch.zeros(len(distinct), longest, dtype=torch.long)
@@ -61,7 +67,7 @@ class Lane:
 
     @classmethod
     def empty(cls, spec: LaneSpec, rows: int, room: int) -> Lane:
-        """A lane of `rows` rows that have not read anything."""
+        """A lane of `rows` rows that have not read anything, and will not read more than `room` tokens."""
         lane = cls.__new__(cls)
         lane._set_up(spec, room)
         lane._mask = torch.zeros(rows, 0, dtype=torch.long, device=lane.device)
@@ -71,6 +77,7 @@ class Lane:
         self._spec = spec
         self._decoder = spec.model.get_decoder()
         self._network = network_of(self._decoder)
+        self._group = 1 if self._network is None else self._network.group
         self._head = spec.head
         self._voices = spec.voices
         adapters = [voice for voice in spec.voices if voice is not None]
@@ -115,10 +122,14 @@ class Lane:
     def prefill_states(self) -> Tensor:
         """Run the prompts; returns their hidden states [M·B, P, D]."""
         distinct = len(self._ids)
-        hidden = self._read_beginning_once() if self._begin else self._forward(self._ids, position_ids(self._mask))
+        if self._begin:
+            hidden = self._read_beginning_once()
+        else:
+            whole, self._mask = self._mask, self._mask[:, :0]
+            hidden = self.feed(self._ids, whole)
         if len(self._source) > distinct:
             self.keep(self._source)
-            hidden = hidden[self._spread(torch.tensor(self._source, device=self.device), distinct)]
+            hidden = hidden[self._spread(torch.tensor(self._source, device=hidden.device), distinct)]
         return hidden
 
     def _read_beginning_once(self) -> Tensor:
@@ -128,13 +139,13 @@ class Lane:
         first = self._ids[:1][whole[:1].bool()][None, :begin]
         self._mask = torch.ones_like(first)
         hidden = self._forward(first, position_ids(self._mask))
-        spread = self._spread(torch.zeros(count, dtype=torch.long, device=self.device), 1)
+        spread = self._spread(torch.zeros(count, dtype=torch.long, device=hidden.device), 1)
         self.keep([0] * count)
         hidden = torch.cat([hidden[spread], self.feed(self._ids[:, begin:], own[:, begin:])], dim=1)
         if bool(whole.all()):
             return hidden
         # A shorter prompt's padding lies behind the beginning; it belongs before it.
-        order = self._order().repeat(len(self._voices), 1)
+        order = self._order().repeat(len(self._voices), 1).to(hidden.device)
         self.pack()
         return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -228,8 +239,17 @@ class Lane:
     def feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Append of K tokens to each row those where `mask` [B, K] is 1; returns their states [M·B, K, D].
 
-        `tokens` are ids [B, K], or what stands in place of their embeddings [B, K, D].
+        `tokens` are ids [B, K], or what stands in place of their embeddings [B, K, D]. Many are read piece by piece:
+        who sees whom is a table of all rows' tokens by all their columns.
         """
+        piece = count = tokens.shape[1]
+        if self.sees_everything:
+            columns = (self._mask.shape[1] + count) * len(self._mask) * len(self._voices) * self._group
+            piece = max(_SHORTEST_PIECE, _TABLE_ENTRIES // columns)
+        pieces = [self._feed(tokens[:, at : at + piece], mask[:, at : at + piece]) for at in range(0, count, piece)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _feed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         start = self._mask.shape[1]
         self._mask = torch.cat([self._mask, mask.to(self._mask)], dim=1)
         positions = position_ids(self._mask)[:, start:].clamp(max=self._last_position)
@@ -247,9 +267,9 @@ class Lane:
         twin = copy.copy(self)
         twin._branches = []
         twin._mask = self._mask[index]
-        twin._cache = new_cache(self._spec.model.config, room)
+        twin._cache = new_cache(self._spec.model.config, self._mask.shape[1] + room)
         for number, (layer, own) in enumerate(zip(twin._cache.layers, self._cache.layers, strict=True)):
-            which = spread if self._is_forked(number) else index
+            which = (spread if self._is_forked(number) else index).to(own.keys.device)
             layer.update(own.keys[which], own.values[which])
         return twin
 
@@ -269,7 +289,7 @@ class Lane:
             for states in (theirs.keys, theirs.values):
                 rows = len(self._mask) * (len(self._voices) if forked else 1)
                 block = states.new_zeros(rows, states.shape[1], width, states.shape[3])
-                block[to] = states[of, :, start : start + width]
+                block[to.to(states.device)] = states[of.to(states.device), :, start : start + width]
                 blocks.append(block)
             layer.update(*blocks)
         self._mask = torch.cat([self._mask, mask[:, :width]], dim=1)
@@ -349,7 +369,7 @@ class Lane:
         return hidden
 
 
-def _common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all prompts begin with; each is left one of its own, which the first token is drawn after."""
     least, most = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1

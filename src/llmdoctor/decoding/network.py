@@ -34,8 +34,9 @@ class _Linear:
 
     weight: Tensor
     bias: Tensor | None
-    first: Tensor
-    """The first part's weight: where it points tells whether the parts were moved since."""
+    parts: tuple[nn.Linear, ...]
+    """Where their weights point tells whether they were moved or replaced since."""
+    bias_versions: tuple[tuple[int, int] | None, ...]
 
     @classmethod
     def fuse(cls, parts: Sequence[nn.Linear]) -> _Linear:
@@ -52,14 +53,31 @@ class _Linear:
         if len(parts) > 1:
             for weight, piece in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):
                 weight.data = piece
-        return cls(whole, bias, weights[0])
+        return cls(whole, bias, tuple(parts), tuple(map(_version, parts)))
 
     @property
     def stale(self) -> bool:
-        return self.first.data_ptr() != self.weight.data_ptr() or self.first.dtype != self.weight.dtype
+        """Whether a part's weight is no longer a view of the whole, or its bias, which was copied, another one."""
+        place = self.weight.data_ptr()
+        for part in self.parts:
+            if part.weight.data_ptr() != place or part.weight.dtype != self.weight.dtype:
+                return True
+            place += part.weight.nbytes
+        return tuple(map(_version, self.parts)) != self.bias_versions
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+def _version(part: nn.Linear) -> tuple[int, int] | None:
+    """What changes whenever the bias does."""
+    if part.bias is None:
+        return None
+    try:
+        return part.bias.data_ptr(), part.bias._version
+    except RuntimeError:
+        # Nobody counts what happens to tensors that were made in inference mode.
+        return part.bias.data_ptr(), 0
 
 
 @dataclass
@@ -99,6 +117,9 @@ class Network:
     """The decoder of a language model: ids to last hidden states, over a cache of `decoding.cache`.
 
     Get one by `network_of`. Numbers equal the model's own up to rounding.
+
+    Attributes:
+        group: G.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -111,7 +132,7 @@ class Network:
         self._head_width = int(attention.head_dim)
         self._scale = float(attention.scaling)
         self._key_heads = int(config.num_key_value_heads)
-        self._group = int(config.num_attention_heads) // self._key_heads
+        self.group = int(config.num_attention_heads) // self._key_heads
         self._angles: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -160,7 +181,7 @@ class Network:
         deltas: Sequence[LayerDelta | None],
     ) -> Tensor:  # fmt: skip
         rows, count, _ = hidden.shape
-        groups, width = self._key_heads * self._group, self._head_width
+        groups, width = self._key_heads * self.group, self._head_width
         normed = F.rms_norm(hidden, block.before_attention[0].shape, *block.before_attention)
         mixed = _adapted(block.qkv, normed, deltas, "qkv").view(rows, count, -1, width)
         turned = mixed[:, :, : groups + self._key_heads]
@@ -178,10 +199,10 @@ class Network:
         )
         # The query heads of one key head are rows of one product: torch's own grouped attention is several times slower
         # in bfloat16 on a CPU (2.13).
-        queries = turned[:, :, :groups].view(rows, count, self._key_heads, self._group, width)
-        queries = queries.transpose(1, 2).reshape(rows, self._key_heads, count * self._group, width)
+        queries = turned[:, :, :groups].view(rows, count, self._key_heads, self.group, width)
+        queries = queries.transpose(1, 2).reshape(rows, self._key_heads, count * self.group, width)
         seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self._scale)
-        seen = seen.view(rows, self._key_heads, count, self._group, width).transpose(1, 2).reshape(rows, count, -1)
+        seen = seen.view(rows, self._key_heads, count, self.group, width).transpose(1, 2).reshape(rows, count, -1)
         return hidden + _adapted(block.out, seen, deltas, "out")
 
     @staticmethod
@@ -217,9 +238,7 @@ class Network:
             # Finite: a padded token sees nothing at all, and must not become NaN.
             mask.masked_fill_(~seen, torch.finfo(dtype).min)
         rows, _, count, width = mask.shape
-        return (
-            mask[:, :, :, None].expand(rows, 1, count, self._group, width).reshape(rows, 1, count * self._group, width)
-        )
+        return mask[:, :, :, None].expand(rows, 1, count, self.group, width).reshape(rows, 1, count * self.group, width)
 
 
 def network_of(decoder: Any) -> Network | None:

@@ -22,7 +22,8 @@ class SamplingParams:
         top_p: 1 is off.
         min_p: 0 is off.
         repetition_penalty: 1 is off.
-        seed: of this row's draws; the same request gives the same tokens whoever shares its batch.
+        seed: of this row's draws; the same request gives the same tokens whoever shares its batch, up to the rounding
+            of batched products, which in bfloat16 now and then decides between two tokens.
         stop: strings that end the completion; they are not part of its text.
     """
 
@@ -99,7 +100,7 @@ class Completion:
         token_ids: all tokens drawn, the end-of-turn token included.
         finish_reason: "stop" (end of turn or a stop string), "length" (max_new_tokens), "context" (the model's
             context is full), "cancelled" (the caller gave it up; what was said until then is kept) or "error" (no
-            distribution to draw from: a model returned NaN).
+            distribution to draw from, because a model returned NaN, or no memory even for this one alone).
         logps: log π_dec of each token, before warpers, in nats.
         patient_logps: log π_patient of each token, before warpers, in nats.
         drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.

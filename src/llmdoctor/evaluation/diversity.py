@@ -46,17 +46,27 @@ def diversity(
         seed: see `self_bleu`.
     """
     texts = [text for answers in samples for text in answers]
-    several = [answers for answers in samples if len(answers) > 1]
-    within = [self_bleu(answers, references=references, seed=seed) for answers in several]
+    within, distance = diversity_within(samples, embedder, references=references, seed=seed)
     return Diversity(
         distinct_1=distinct_n(texts, 1),
         distinct_2=distinct_n(texts, 2),
         distinct_3=distinct_n(texts, 3),
         distinct_4=distinct_n(texts, 4),
         self_bleu=self_bleu(texts, references=references, seed=seed),
-        self_bleu_within=float(np.mean(within)) if several else None,
-        pairwise_distance=_mean_distance(several, embedder) if several and embedder else None,
+        self_bleu_within=within,
+        pairwise_distance=distance,
     )
+
+
+def diversity_within(
+    samples: Sequence[Sequence[str]], embedder: Embedder | None = None, *, references: int = 64, seed: int = 0
+) -> tuple[float | None, float | None]:
+    """`Diversity.self_bleu_within` and `pairwise_distance` alone: what compares all texts takes far longer."""
+    several = [answers for answers in samples if len(answers) > 1]
+    if not several:
+        return None, None
+    within = [self_bleu(answers, references=references, seed=seed) for answers in several]
+    return float(np.mean(within)), _mean_distance(several, embedder) if embedder else None
 
 
 def self_bleu(texts: Sequence[str], n: int = 4, *, references: int = 64, seed: int = 0) -> float:

@@ -165,7 +165,7 @@ def _resolve_device(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
-        # Apple GPUs have no float64, which drawing a token exactly needs; they are taken only when asked for.
+        # Apple GPUs have no float64, which translating a doctor of another tokenizer needs; taken only when asked for.
         return "cpu"
     if device == "balanced":
         if not torch.cuda.is_available():

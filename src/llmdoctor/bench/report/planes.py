@@ -73,7 +73,10 @@ def ablation_pictures(results: BenchResults, task: str, stem: str) -> Iterator[P
         Series(look(variant), [_part(row) for row in sorted(own, key=lambda row: float(row["beta"]))])
         for variant, own in groups(rows, "variant").items()
     ]
-    note = f"One line a variant, one spot a β. What falls below the whole at the same KL was worth having.{lost}"
+    note = (
+        "One line a variant, one spot a β. What falls below its whole at the same KL was worth having; of what is "
+        f"taken from the doctor of the pairs that doctor is the whole.{lost}"
+    )
     chart = frontier(series, _KL, f"Ablation, {task}", root=True, y_title="score", height=360)
     yield Picture(
         "ablation", task, f"ablation-{stem}", f"Parts taken away: {task}", note, chart, [s.look for s in series]
