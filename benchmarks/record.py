@@ -16,9 +16,11 @@ import torch
 def record(result: dict[str, Any], output: Path | None) -> None:
     """Add commit, versions and machine to `result`; write it to `output`; print it without its rows."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    code = ["git", "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py"]
+    changed = subprocess.run(code, capture_output=True, text=True, check=False).stdout.strip()
     result = {
         **result,
-        "commit": head.stdout.strip(),
+        "commit": head.stdout.strip() + ("+changes" if changed else ""),
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
         "machine": {
             "system": platform.platform(),

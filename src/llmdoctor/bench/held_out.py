@@ -18,8 +18,6 @@ from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
 GUIDES = {"llmdoctor": "tfpo", "llmdoctor_pairs": "no_rounds", "genarm": "genarm", "dpo": "dpo"}
-HUMAN_BUDGET = 512
-"""Tokens of a response that are read, as in stage 1."""
 
 
 class DynamicsRow(TypedDict):

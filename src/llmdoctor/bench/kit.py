@@ -199,7 +199,11 @@ class Kit:
         def measure() -> float:
             pairs = self.pairs()
             model = self.reward_model(seed)
-            rewards = model.score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
+            rewards = model.score(
+                [pair.prompt for pair in pairs],
+                [pair.chosen for pair in pairs],
+                complete=[pair.chosen_complete for pair in pairs],
+            )
             return float(sum(rewards) / len(rewards))
 
         return self._once(("good_reward", seed), measure)
