@@ -250,5 +250,5 @@ def test_what_good_answers_score(compared: Arena) -> None:
     """CARDS's threshold: the mean reward of the chosen responses, one by one, each to its end of turn."""
     kit = compared.kits["a"]
     model = kit.reward_model(0)
-    singles = [model.score([pair.prompt], [pair.chosen], complete=[True])[0] for pair in kit.pairs()]
+    singles = [model.score([pair.prompt], [pair.chosen], complete=[pair.chosen_complete])[0] for pair in kit.pairs()]
     assert kit.good_reward(0) == pytest.approx(sum(singles) / len(singles), abs=1e-4)
