@@ -23,11 +23,9 @@ _PACK_ABOVE = 1.5
 _PACK_SLACK = 32
 """Columns may exceed what the longest row sees by this factor and this many before it pays to close the holes."""
 
-
 _SHARE_ABOVE = 128
 """Prompts that begin alike have their beginning read once where that saves more tokens than this: it is one pass more,
 which costs the reading of all weights."""
-
 
 _TABLE_ENTRIES = 1 << 26
 """Of the table of who sees whom, at once: 128 MB in bfloat16."""
@@ -137,8 +135,8 @@ class Lane:
         count, begin, whole = len(self._ids), self._begin, self._mask
         own = whole * (whole.cumsum(-1) > begin)
         first = self._ids[:1][whole[:1].bool()][None, :begin]
-        self._mask = torch.ones_like(first)
-        hidden = self._forward(first, position_ids(self._mask))
+        self._mask = whole[:1, :0]
+        hidden = self.feed(first, torch.ones_like(first))
         spread = self._spread(torch.zeros(count, dtype=torch.long, device=hidden.device), 1)
         self.keep([0] * count)
         hidden = torch.cat([hidden[spread], self.feed(self._ids[:, begin:], own[:, begin:])], dim=1)
