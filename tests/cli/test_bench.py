@@ -104,7 +104,7 @@ def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], ow
             assert word not in ended.out + ended.err, (name, word)
         assert "{'" not in ended.out + ended.err
     recorded = json.loads((output / "run.json").read_text())
-    assert set(recorded) == {"elo.json", *(f"{name}.json" for name in commands)}
+    assert set(recorded) == {"pairs.json", "elo.json", *(f"{name}.json" for name in commands)}
     assert recorded["human.json"]["validation"]["source"] == str(own / "b.jsonl")
     assert "In part" not in good("bench", "report", "-o", output).err
     again = good("bench", "table", "--quick", "-o", output, *commands["table"], *size)
