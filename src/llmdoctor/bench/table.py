@@ -22,8 +22,22 @@ MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
 the patient's. Without such a gate the largest β always scores best, whatever it does to the text."""
 
 
-class Row(TypedDict):
-    """One row of `table.json`; win, tie, loss and what is made of them are LLMdoctor's against the method.
+class Result(TypedDict):
+    """How one method did against another, over the prompts that both answered; `evaluation.arena.Matchup` explains."""
+
+    win: int
+    tie: int
+    loss: int
+    win_plus_half_tie: float
+    ci_low: float
+    ci_high: float
+    sign_test_p: float
+    prompts_needed: int | None
+    prompts: int
+
+
+class Row(Result):
+    """One row of `table.json`: LLMdoctor's result against the method.
 
     Where `keeps_text` is false no setting of the method keeps the text on one half of the prompts or both, and its
     gentlest stands in.
@@ -32,20 +46,11 @@ class Row(TypedDict):
     task: str
     method: str
     at: str
-    win: int
-    tie: int
-    loss: int
-    win_plus_half_tie: float
-    ci_low: float
-    ci_high: float
     score: float
     distinct_4: float
     kl: float
     tokens_per_second: float
-    prompts: int
     seeds: int
-    sign_test_p: float
-    prompts_needed: int | None
     settings: list[dict[str, float]]
     doctor_settings: list[dict[str, float]]
     doctor_score: float
@@ -55,21 +60,12 @@ class Row(TypedDict):
     keeps_text: bool
 
 
-class Match(TypedDict):
-    """One row of `pairs.json`: the first method against the second, each at its best."""
+class Match(Result):
+    """One row of `pairs.json`: the first method's result against the second, each at its best."""
 
     task: str
     first: str
     second: str
-    win: int
-    tie: int
-    loss: int
-    win_plus_half_tie: float
-    ci_low: float
-    ci_high: float
-    sign_test_p: float
-    prompts_needed: int | None
-    prompts: int
 
 
 class Elo(TypedDict):
@@ -234,26 +230,17 @@ def _keeps_text(point: Point, patient: Point) -> bool:
 
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
     outcomes = arena.outcomes(task, doctor.texts, method.texts)
-    result = matchup_from_outcomes(outcomes)
     flat = [answer for point in method.points for row in point.answers.values() for answer in row]
     return {
         "task": task.name,
         "method": name,
         "at": at,
-        "win": result.win,
-        "tie": result.tie,
-        "loss": result.loss,
-        "win_plus_half_tie": result.win_plus_half_tie,
-        "ci_low": result.ci_low,
-        "ci_high": result.ci_high,
+        **_result(outcomes),
         "score": method.score,
         "distinct_4": method.distinct_4,
         "kl": method.kl,
         "tokens_per_second": sum(answer.tokens for answer in flat) / sum(point.seconds for point in method.points),
-        "prompts": result.prompts,
         "seeds": arena.options.seeds,
-        "sign_test_p": result.sign_test_p,
-        "prompts_needed": result.prompts_needed,
         "settings": method.settings,
         "doctor_settings": doctor.settings,
         "doctor_score": doctor.score,
@@ -292,20 +279,21 @@ def _all_outcomes(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> Outco
 
 
 def _match(task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]]) -> Match:
-    result = matchup_from_outcomes(outcomes)
+    return {"task": task.name, "first": first, "second": second, **_result(outcomes)}
+
+
+def _result(outcomes: Mapping[str, Sequence[float]]) -> Result:
+    found = matchup_from_outcomes(outcomes)
     return {
-        "task": task.name,
-        "first": first,
-        "second": second,
-        "win": result.win,
-        "tie": result.tie,
-        "loss": result.loss,
-        "win_plus_half_tie": result.win_plus_half_tie,
-        "ci_low": result.ci_low,
-        "ci_high": result.ci_high,
-        "sign_test_p": result.sign_test_p,
-        "prompts_needed": result.prompts_needed,
-        "prompts": result.prompts,
+        "win": found.win,
+        "tie": found.tie,
+        "loss": found.loss,
+        "win_plus_half_tie": found.win_plus_half_tie,
+        "ci_low": found.ci_low,
+        "ci_high": found.ci_high,
+        "sign_test_p": found.sign_test_p,
+        "prompts_needed": found.prompts_needed,
+        "prompts": found.prompts,
     }
 
 
