@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cli.harness import CPU, Cli, write_jsonl
 from tests.tiny import OTHER_CORPUS, byte_level, save_tiny
+from torch import Tensor
 
 from llmdoctor.cli.doctors import DoctorArgument
 from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.results import ResultFile
+from llmdoctor.decoding.lane import Lane
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.draft import DraftModel, save_draft
 from llmdoctor.models.loading import load_model
@@ -49,6 +51,33 @@ def test_a_row_can_be_made_again_alone(good: Cli, command: tuple[object, ...], t
     alone = read(tmp_path / "one.jsonl")[0]
     assert alone["kl_estimate"] == pytest.approx(rows[3]["kl_estimate"], abs=1e-4)
     assert {**alone, "kl_estimate": 0} == {**rows[3], "kl_estimate": 0}
+
+
+def test_answers_that_end_with_an_error_are_told(
+    good: Cli, command: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest prompt is one that memory cannot hold; the four others are answered."""
+    inner = Lane.prefill_states
+    widths: list[int] = []
+
+    def measured(self: Lane) -> Tensor:
+        widths.append(self._ids.shape[1])
+        return inner(self)
+
+    def prefill(self: Lane) -> Tensor:
+        if self._ids.shape[1] == max(widths):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self)
+
+    monkeypatch.setattr(Lane, "prefill_states", measured)
+    clean = good(*command, "-o", tmp_path / "clean.jsonl")
+    assert "end with an error" not in clean.out + clean.err
+    monkeypatch.setattr(Lane, "prefill_states", prefill)
+    done = good(*command, "-o", tmp_path / "out.jsonl")
+    assert "1 of them end with an error: p4 (" in done.out + done.err
+    rows, expected = read(tmp_path / "out.jsonl"), read(tmp_path / "clean.jsonl")
+    assert (rows[4]["finish_reason"], rows[4]["text"]) == ("error", "")
+    assert [row["text"] for row in rows[:4]] == [row["text"] for row in expected[:4]]
 
 
 def test_answers_are_the_same_with_a_draft(
