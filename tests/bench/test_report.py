@@ -582,6 +582,12 @@ def test_what_cannot_be_drawn_is_said(folder):
     assert "Not drawn, for want of a finite figure: greedy." in rendered(folder).text
 
 
+def test_an_ablation_of_another_base_says_so(folder):
+    assert "Trained from" not in rendered(folder).text
+    rewrite(folder, "run", lambda run: changed(run, "ablation", options={"base": "runs/small"}))
+    assert "Trained from runs/small. One line a variant" in rendered(folder).text
+
+
 def test_hostile_text_is_only_text(folder):
     """A method, variant, task, setting or answer that tries to break out of the page stays text."""
     rewrite(folder, "frontier", lambda rows: [{**rows[0], "method": HOSTILE, "setting": {HOSTILE: 1}}])

@@ -77,6 +77,9 @@ def ablation_pictures(results: BenchResults, task: str, stem: str) -> Iterator[P
         "One line a variant, one spot a β. What falls below its whole at the same KL was worth having; of what is "
         f"taken from the doctor of the pairs that doctor is the whole.{lost}"
     )
+    # One folder may hold parts that were trained from several bases.
+    if base := results.records.get("ablation.json", {}).get("options", {}).get("base"):
+        note = f"Trained from {base}. {note}"
     chart = frontier(series, _KL, f"Ablation, {task}", root=True, y_title="score", height=360)
     yield Picture(
         "ablation", task, f"ablation-{stem}", f"Parts taken away: {task}", note, chart, [s.look for s in series]
