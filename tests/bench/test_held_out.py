@@ -14,7 +14,15 @@ from tests.tiny import some_pairs
 from llmdoctor.baselines.implicit import implicit_rewards
 from llmdoctor.bench.ablation import BETAS, AblationRow, make_ablation
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.held_out import GUIDES, DynamicsRow, HumanRow, _unseen, make_dynamics, make_human
+from llmdoctor.bench.held_out import (
+    GUIDES,
+    DynamicsRow,
+    HumanRow,
+    _unseen,
+    guides_of,
+    make_dynamics,
+    make_human,
+)
 from llmdoctor.bench.kit import ABLATIONS, READOUT
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR
 from llmdoctor.data.preferences import load_preferences, write_pairs
@@ -123,3 +131,8 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
     other: dict[str, Any] = {"train": str(bench_sources / "a.jsonl"), "validation": sources[1]}
     with pytest.raises(FingerprintMismatch):
         make_human(arena, **other, faces="harmless", validation_count=8)
+
+
+def test_without_rounds_llmdoctor_is_compared_once() -> None:
+    assert list(guides_of(BenchOptions(rounds=0))) == [name for name in GUIDES if name != "llmdoctor_pairs"]
+    assert guides_of(BenchOptions()) == GUIDES

@@ -16,12 +16,13 @@ from torch import Tensor
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.decoding.controls import Controls
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.guides import Guide, load_guide
+from llmdoctor.decoding.guides import Guide, lanes_of, load_guide
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.mixture import Mixture
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import RANKS
+from llmdoctor.decoding.speculation import stand_in
 from llmdoctor.decoding.tree import Tree, best_tree
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
@@ -153,6 +154,67 @@ def test_guesses_are_made_at_the_strength_of_their_place(
     assert any(min(expected) == 1 for expected, _ in heard)
     for expected, betas in heard:
         assert betas == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=["one", "chain", "siblings", "tree"])
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("guided", ["product", "ratio", "everybody"])
+def test_no_token_changes_where_doctors_guess(
+    patient: LoadedModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch, tree: Tree, size: int, guided: str
+) -> None:
+    """Their guesses are good here: patient and doctors are close to one another."""
+    here = [guide for guide in guides if guided in (guide.name, "everybody")]
+    asked = requests(**{guide.name: 1.0 for guide in here})
+    plain = GuidedDecoder(patient, here, max_batch_size=size).generate(asked)
+    always(monkeypatch, tree)
+    guessing = GuidedDecoder(patient, here, max_batch_size=size, draft="doctors", max_guesses=12)
+    found = guessing.generate(asked)
+    for one, other in zip(plain, found, strict=True):
+        same(one, other)
+    tokens = sum(len(done.token_ids) for done in found)
+    assert sum(done.guessed for done in found) > tokens / 3
+    assert sum(done.guesses_held for done in found) > tokens / 10
+
+
+def test_doctors_whose_reference_is_the_patient_always_guess_right(
+    patient: LoadedModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare model that is the patient over again stands in for it, so every chain of four holds whole."""
+    twin = replace(patient, model=copy.deepcopy(patient.model))
+    guide = Guide("it", guides[1].model, twin)
+    always(monkeypatch, TREES[1])
+    decoder = GuidedDecoder(patient, [guide], draft="doctors")
+    decoder.encoder.stop_ids = frozenset()
+    sampling = SamplingParams(max_new_tokens=26, seed=3, repetition_penalty=1.2, top_k=30)
+    done = decoder.generate([Request.from_text("Hi", betas={"it": 1.5}, sampling=sampling)])[0]
+    # The first token comes from the prompt; five passes give five tokens each.
+    assert (done.guessed, done.guesses_held) == (20, 20)
+
+
+def test_of_several_models_a_bare_one_with_the_patients_prompt_stands_in(
+    patient: LoadedModel, guides: list[Guide]
+) -> None:
+    beside, product, ratio = guides
+    plain = replace(ratio, name="plain", system=None)
+    # Lanes come in the order of the guides, each guide's reference after all guides.
+    for here, expected in (([product], (1, 0)), ([ratio, product], (2, 0)), ([product, plain], (2, 0))):
+        lanes = lanes_of(patient, [beside, *here])[0]
+        assert stand_in(lanes) == expected
+
+
+def test_requests_without_doctors_are_answered_without_guesses(patient: LoadedModel, guides: list[Guide]) -> None:
+    asked = [replace(request, betas={}) for request in requests(3)]
+    expected = GuidedDecoder(patient).generate(asked)
+    found = GuidedDecoder(patient, guides[1:2], draft="doctors").generate(asked)
+    for one, other in zip(expected, found, strict=True):
+        same(one, other)
+    assert not any(done.guessed for done in found)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_doctors_on_the_patient_cannot_guess(patient: LoadedModel, guides: list[Guide], count: int) -> None:
+    with pytest.raises(UserError, match="no doctor here can guess"):
+        GuidedDecoder(patient, guides[:count], draft="doctors")
 
 
 def test_left_to_itself_it_changes_no_token_either(

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import READOUT, Kit
-from llmdoctor.bench.options import Task
+from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.errors import UserError
@@ -18,6 +18,11 @@ from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
 GUIDES = {"llmdoctor": "tfpo", "llmdoctor_pairs": "no_rounds", "genarm": "genarm", "dpo": "dpo"}
+
+
+def guides_of(options: BenchOptions) -> dict[str, str]:
+    """The guides compared, by name, and what `Kit.trained` calls them; without rounds LLMdoctor's two are one."""
+    return {name: kind for name, kind in GUIDES.items() if options.rounds or name != "llmdoctor_pairs"}
 
 
 class DynamicsRow(TypedDict):
@@ -60,7 +65,7 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
     for task in arena.tasks:
         kit = arena.kits[task.name]
         pairs = _unseen(kit)
-        for method, kind in GUIDES.items():
+        for method, kind in guides_of(arena.options).items():
             found = implicit_rewards(kit.trained(kind, seed), pairs)
             try:
                 curve = signal_dynamics(
@@ -103,7 +108,7 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
     kit = Kit(task, arena.options, arena.output / "models", arena.steps)
     pairs = list(load_preferences(validation, limit=validation_count))
     right: dict[str, list[list[float]]] = {}
-    for method, kind in GUIDES.items():
+    for method, kind in guides_of(arena.options).items():
         right[method] = [[] for _ in pairs]
         for seed in arena.seeds:
             for place, reward in enumerate(implicit_rewards(kit.trained(kind, seed), pairs)):

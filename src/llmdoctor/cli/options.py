@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -103,9 +103,9 @@ Draft = Annotated[
     Path | None,
     typer.Option(
         "--draft",
-        metavar="FOLDER",
-        help="A draft model from `llmdoctor draft`: answers come faster where its guesses hold, and are the same (in "
-        "bfloat16 up to rounding).",
+        metavar="FOLDER|doctors",
+        help="What guesses ahead: a draft model from `llmdoctor draft`, or the doctors themselves where they have a "
+        "base of their own. Answers come faster where guesses hold, and are the same (in bfloat16 up to rounding).",
     ),
 ]
 System = Annotated[
@@ -118,6 +118,9 @@ Stop = Annotated[
         rich_help_panel="Sampling",
     ),
 ]  # fmt: skip
+DOCTORS: Final = "doctors"
+"""What `--draft` calls the doctors; a folder of that name is given by its whole path."""
+
 SAMPLING = FieldsOf("llmdoctor.decoding.request", "SamplingParams", panel="Sampling", without=("stop",))
 
 
@@ -129,10 +132,12 @@ def load(run: Run, spec: str, dtype: str, device: str, trust_remote_code: bool) 
     return load_model(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code, verbose=run.verbose)
 
 
-def load_drafter(run: Run, folder: Path | None, patient: LoadedModel) -> DraftModel | None:
-    """The draft model of `--draft`, if one is given."""
+def load_drafter(run: Run, folder: Path | None, patient: LoadedModel) -> DraftModel | Literal["doctors"] | None:
+    """What `--draft` names, if it is given."""
     if folder is None:
         return None
+    if str(folder) == DOCTORS:
+        return DOCTORS
     run.progress.say(f"loading the draft model {folder}")
     from llmdoctor.models.draft import load_draft
 

@@ -9,18 +9,20 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
-from llmdoctor.decoding.guides import Guide, LaneSpec, lanes_of
+from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
 from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.decoding.row import Row, Tally, open_row
 from llmdoctor.decoding.sampling import sample
+from llmdoctor.decoding.speculation import stand_in
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
@@ -47,8 +49,9 @@ class GuidedDecoder:
         patient: the frozen model.
         guides: from `load_guide`; none decodes the patient alone.
         max_batch_size: rows decoded together.
-        draft: from `load_draft` for this patient; guesses what comes next, so that a pass of the patient gives several
-            tokens where guesses hold. It changes no token, but for the rounding of passes of other shapes.
+        draft: guesses what comes next, so that a pass of the patient gives several tokens where guesses hold: a model
+            from `load_draft` for this patient, or "doctors", which lets the doctors do it, as far as they are models of
+            their own. It changes no token, but for the rounding of passes of other shapes.
         max_guesses: guesses a pass at most, up to 32; how many pay is measured while decoding, and may be none.
 
     Attributes:
@@ -61,7 +64,7 @@ class GuidedDecoder:
         guides: Sequence[Guide] = (),
         *,
         max_batch_size: int = 32,
-        draft: DraftModel | None = None,
+        draft: DraftModel | Literal["doctors"] | None = None,
         max_guesses: int = 16,
     ) -> None:
         if max_batch_size < 1:
@@ -73,9 +76,10 @@ class GuidedDecoder:
             raise UserError(f"two doctors share a name: {', '.join(self.names)}; give each its own")
         self.lanes, voices, references = lanes_of(patient, list(guides))
         self.mixture = Mixture(voices, references)
+        self._draft: DraftModel | Voice | None = None
         if draft is not None:
-            _check_draft(draft, self.lanes)
-        self.draft = draft
+            _check_lanes(self.lanes)
+            self._draft = _checked(draft, self.lanes) if isinstance(draft, DraftModel) else stand_in(self.lanes)
         self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
@@ -141,7 +145,9 @@ class GuidedDecoder:
         waiting = deque(row for row in batch if not row.done)
         guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
         lanes = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
-        ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, self.draft)
+        # Doctors that nobody listens to are not run, so they cannot guess.
+        draft = self._draft if guided or isinstance(self._draft, DraftModel) else None
+        ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, draft)
         size = self.max_batch_size
         while True:
             if cancelled is not None:
@@ -169,7 +175,7 @@ class GuidedDecoder:
                     ward.step(tree)
                     if admits:
                         new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]
-                        ward.admit(new, self.pace.most if self.draft else 0)
+                        ward.admit(new, self.pace.most if draft is not None else 0)
                     self._draw(ward, guided)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -272,8 +278,8 @@ class GuidedDecoder:
         return found
 
 
-def _check_draft(draft: DraftModel, lanes: Sequence[LaneSpec]) -> None:
-    """UserError where guesses cannot be made or checked."""
+def _checked(draft: DraftModel, lanes: Sequence[LaneSpec]) -> DraftModel:
+    """The draft model; UserError where what it guesses cannot be checked."""
     if draft.get_input_embeddings() is not lanes[0].model.get_input_embeddings():
         raise UserError("the draft model was loaded for another patient; load it with load_draft(folder, patient)")
     width = min(int(lane.head.linear.weight.shape[0]) for lane in lanes)
@@ -282,17 +288,22 @@ def _check_draft(draft: DraftModel, lanes: Sequence[LaneSpec]) -> None:
             f"the draft model may guess tokens from {width} on, for which a doctor has no logits; make one with a "
             "smaller vocabulary (llmdoctor draft --vocabulary)"
         )
+    return draft
+
+
+def _check_lanes(lanes: Sequence[LaneSpec]) -> None:
+    """UserError where a model cannot read guesses."""
     for lane in lanes:
         name = type(lane.model).__name__
         if lane.translation is not None:
             raise UserError(
-                "a draft model cannot be used beside a doctor of another vocabulary: a text that goes on may be split "
-                "otherwise, so several guesses cannot be checked in one pass; leave one of them out"
+                "guesses cannot be made beside a doctor of another vocabulary: a text that goes on may be split "
+                "otherwise, so several of them cannot be checked in one pass; leave draft or doctor out"
             )
         if not sees_everything(new_cache(lane.model.config, 0)):
             raise UserError(
-                f"a draft model cannot be used with {name}: it has layers that see a window or a state, from which "
-                "guesses that do not hold cannot be taken back; leave it out"
+                f"guesses cannot be made with {name}: it has layers that see a window or a state, from which guesses "
+                "that do not hold cannot be taken back; leave the draft out"
             )
 
 

@@ -2,7 +2,8 @@
 
 A guess is drawn with the very noise that will decide its place (`decoding.sampling`), from an estimate of the guided
 distribution: the formula of guided decoding over what the draft model expects of the patient, and of the doctors that
-are adapters on it, and over what other doctors, which are run ahead, do say. The patient then reads all guesses in one
+are adapters on it, and over what other doctors, which are run ahead, do say. Without a draft model, one of those that
+are run ahead anyway stands in for the patient (`stand_in`). The patient then reads all guesses in one
 pass, and tokens are drawn from the logits as if there had been no guesses: a guess holds where it is what was drawn. So
 guessing changes no token, whatever is guessed; it decides only how many come out of a pass.
 
@@ -18,12 +19,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.guides import LaneSpec
+from llmdoctor.decoding.guides import LaneSpec, Voice
 from llmdoctor.decoding.lane import Lane
+from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
+from llmdoctor.models.layers import weights_read
 
 _LATEST = 64
 """Columns that may wait to be read: while nothing is guessed, states would otherwise pile up."""
+
+
+def stand_in(lanes: Sequence[LaneSpec]) -> Voice:
+    """The voice that is taken for the patient's while it has not read the guesses.
+
+    A reference, which is a bare model, rather than a doctor; one that reads the patient's prompt rather than one with a
+    system prompt of its own; then the larger model.
+
+    Raises:
+        UserError: the patient's is the only model.
+    """
+    found = [
+        ((spec.voices[voice] is None, spec.system is None, weights_read(spec.model)), (lane, voice))
+        for lane, spec in enumerate(lanes)
+        if lane
+        for voice in range(len(spec.voices))
+    ]
+    if not found:
+        raise UserError(
+            "no doctor here can guess what comes next: that takes one on a base of its own, smaller than the patient; "
+            "beside doctors that are adapters on the patient, a draft model can (make one with `llmdoctor draft`)"
+        )
+    return max(found, key=lambda entry: entry[0])[1]
 
 
 class DraftLane:

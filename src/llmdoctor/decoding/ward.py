@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.controls import Controls
-from llmdoctor.decoding.guides import LaneSpec
+from llmdoctor.decoding.guides import LaneSpec, Voice
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.row import Row
@@ -37,7 +37,8 @@ class Ward:
         specs: the models, the patient first.
         names: of the guides, in the order of the columns of β.
         mixture: how the models' logits make a distribution.
-        draft: guesses tokens of the first lane's; None where nothing is to be guessed.
+        draft: guesses tokens of the first lane's: a model for that, or the voice of another lane that stands in for it
+            (`speculation.stand_in`); None where nothing is to be guessed.
 
     Attributes:
         rows: B rows; some may be done and not yet dropped.
@@ -47,12 +48,17 @@ class Ward:
     """
 
     def __init__(
-        self, specs: Sequence[LaneSpec], names: Sequence[str], mixture: Mixture, draft: DraftModel | None = None
+        self,
+        specs: Sequence[LaneSpec],
+        names: Sequence[str],
+        mixture: Mixture,
+        draft: DraftModel | Voice | None = None,
     ) -> None:
         self._specs = specs
         self._names = names
         self._mixture = mixture
-        self._model = draft
+        self._model = draft if isinstance(draft, DraftModel) else None
+        self._stand_in = None if isinstance(draft, DraftModel) else draft
         # Of each guide, the lanes that are translated for it.
         self._translated = {
             name: {at[0] for at in voices if at is not None and specs[at[0]].translation is not None}
@@ -73,6 +79,9 @@ class Ward:
         self._states: list[Tensor] = []
         # Of lanes that were read in full, the logits [M, B, N, V].
         self._read: dict[int, Tensor] = {}
+        # Where a lane guesses itself, the logits [M, B, n, W] of each lane but the first after the nodes in `_asked`.
+        self._said: list[Tensor] = []
+        self._asked: list[int] = []
         # Of the guesses that the draft has read, their numbers in its own tree.
         self._known: dict[int, int] = {}
         self.tree = Tree()
@@ -86,14 +95,14 @@ class Ward:
     @property
     def can_guess(self) -> bool:
         """Whether `step` may be asked for guesses."""
-        return self._draft is not None
+        return self._draft is not None or self._stand_in is not None
 
     def step(self, tree: Tree) -> None:
         """Append the tokens that were booked to all rows, and behind them a tree of guesses of what may follow."""
         if not self.rows:
             return
         self.tree, self.guesses = tree, self._tokens[:, None]
-        self._read = {}
+        self._read, self._said, self._asked = {}, [], []
         if not tree.guesses:
             read = [_advance(lane, self._tokens) for lane in self._lanes]
             if self._draft is not None:
@@ -102,7 +111,7 @@ class Ward:
             return
         # Doctors that are models of their own are run ahead, level by level; the first lane then reads all at once.
         patient, others = self._lanes[0], self._lanes[1:]
-        assert self._draft is not None and isinstance(patient, Lane)  # noqa: PT018
+        assert isinstance(patient, Lane)
         ahead: list[list[Tensor]] = [[] for _ in others]
         for level in tree.levels:
             tokens = self.guesses[:, level[0] :]
@@ -114,13 +123,19 @@ class Ward:
             if inner:
                 places = [node - level[0] for node in inner]
                 says = [
-                    self._draft.draft.cut(spec.head).logits(states[-1][:, :, places])
+                    self._guessable(spec, states[-1][:, :, places])
                     for spec, states in zip(self._specs[1:], ahead, strict=True)
                 ]
                 self._guess(tree, inner, says)
-        self._draft.end()
+                if self._draft is None:
+                    # Whole logits, from which tokens will be drawn, too.
+                    said = self._said or [tensor[:, :, :0] for tensor in says]
+                    self._said = [torch.cat(pair, dim=2) for pair in zip(said, says, strict=True)]
+                    self._asked += inner
         first = patient.grow(self.guesses, [-1, *tree.parents])
-        self._draft.expect(first)
+        if self._draft is not None:
+            self._draft.end()
+            self._draft.expect(first)
         self._states = [self._by_voice(first), *(torch.cat(levels, dim=2) for levels in ahead)]
 
     def _guess(self, tree: Tree, inner: Sequence[int], says: list[Tensor]) -> None:
@@ -128,22 +143,14 @@ class Ward:
 
         `says` has of each lane but the first the logits [M, B, n, W] after these nodes.
         """
-        assert self._draft is not None
-        if inner[0] == 0:
-            expected = self._draft.begin()
-            self._known = {0: -1}
-        else:
-            # The draft reads what it has to guess behind, and no leaves.
-            parents = [self._known[tree.parents[node - 1]] for node in inner]
-            self._known |= {node: number for number, node in enumerate(inner, len(self._known) - 1)}
-            expected = self._draft.go_on(self.guesses[:, list(inner)], parents)
+        expected = self._expected(tree, inner, says)
         count = len(inner)
         depth = next(number for number, level in enumerate(tree.levels) if inner[0] in level)
         rows = [row for row in self.rows for _ in inner]
         said = [len(row.completion.token_ids) + depth for row in rows]
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner]).at(said)
         logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
-        vocabulary = self._draft.draft.vocabulary.to(expected.device)
+        vocabulary = self._vocabulary.to(expected.device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
         keys = [row.key(place) for row, place in zip(rows, said, strict=True)]
@@ -153,6 +160,34 @@ class Ward:
         columns = [found[:, place, : len(tree.children[node])] for place, node in enumerate(inner)]
         self.guesses = torch.cat([self.guesses, *columns], dim=1)
 
+    def _expected(self, tree: Tree, inner: Sequence[int], says: Sequence[Tensor]) -> Tensor:
+        """What the first lane is thought to say after these nodes: logits [M, B, n, W]."""
+        if self._draft is None:
+            assert self._stand_in is not None
+            lane, voice = self._stand_in
+            # An adapter on the patient is thought to change nothing.
+            return says[lane - 1][voice].expand(len(self._specs[0].voices), -1, -1, -1)
+        if inner[0] == 0:
+            self._known = {0: -1}
+            return self._draft.begin()
+        # The draft reads what it has to guess behind, and no leaves.
+        parents = [self._known[tree.parents[node - 1]] for node in inner]
+        self._known |= {node: number for number, node in enumerate(inner, len(self._known) - 1)}
+        return self._draft.go_on(self.guesses[:, list(inner)], parents)
+
+    @property
+    def _vocabulary(self) -> Tensor:
+        """[W] the tokens that may be guessed."""
+        if self._model is not None:
+            return self._model.vocabulary
+        return torch.arange(min(int(spec.head.linear.weight.shape[0]) for spec in self._specs))
+
+    def _guessable(self, spec: LaneSpec, states: Tensor) -> Tensor:
+        """States [M, B, n, D] of a lane -> its logits [M, B, n, W] of the tokens that may be guessed."""
+        if self._model is not None:
+            return self._model.cut(spec.head).logits(states)
+        return spec.head.logits(states.contiguous())[..., : len(self._vocabulary)]
+
     def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
         """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""
         found = []
@@ -160,6 +195,9 @@ class Ward:
             where = slice(None), list(places), list(nodes)
             if not isinstance(lane, Lane):
                 found.append(states[where])
+            elif number and self._said and all(node in self._asked for node in nodes):
+                columns = [self._asked.index(node) for node in nodes]
+                found.append(self._said[number - 1][:, list(places), columns])
             elif self.tree.guesses and states.shape[:3].numel() <= _FEW_STATES:
                 if number not in self._read:
                     self._read[number] = lane.outputs(states)
