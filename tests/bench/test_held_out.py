@@ -25,6 +25,7 @@ from llmdoctor.bench.held_out import (
 )
 from llmdoctor.bench.kit import ABLATIONS, READOUT
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR
+from llmdoctor.bench.options import BenchOptions
 from llmdoctor.data.preferences import load_preferences, write_pairs
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import load_model
