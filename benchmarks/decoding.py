@@ -1,7 +1,7 @@
 """What does guidance cost, and how far is the engine from transformers' own decoding?
 
     python -m benchmarks.decoding [--quick] [--patient builtin:smollm2] [--doctor FOLDER] [--draft FOLDER]
-                                  [--output benchmarks/results/decoding.json]
+                                  [--small FOLDER] [--output benchmarks/results/decoding.json]
 
 Ways to decode the same prompts with the same sampling (a fixed number of tokens), in one process, after a warm-up of
 each, in interleaved rounds:
@@ -11,7 +11,9 @@ each, in interleaved rounds:
 - guided: our engine with a LoRA doctor on the patient's base, in the patient's own pass (ratio form);
 - guided_apart: our engine with the same doctor merged into weights of its own, as one with another base runs;
 - logits_processor: the usual way, a `LogitsProcessor` that runs the merged doctor, with its cache, inside `generate`;
-- speculative: as guided, with a draft model that guesses ahead; patient_speculative: as patient, with that draft.
+- speculative: as guided, with a draft model that guesses ahead; patient_speculative: as patient, with that draft;
+- small, with --small, a LoRA doctor on a smaller base (`llmdoctor shrink`): our engine with that doctor;
+  small_speculative: the same, and the doctor guesses ahead itself.
 
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights: then these are
 timings, not quality, and guesses hold as often as they do for such a doctor. The draft is the one in --draft
@@ -32,7 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmdoctor.threads import spin_briefly
 
@@ -153,7 +155,8 @@ def asked(guides: list[Guide], rows: int, tokens: int, temperature: float = 1.0)
 
 
 def engine(
-    patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, draft: DraftModel | None = None,
+    patient: LoadedModel, guides: list[Guide], rows: int, tokens: int,
+    draft: DraftModel | Literal["doctors"] | None = None,
     done: list[Completion] | None = None, *, temperature: float = 1.0, prompts: int = 0,
 ) -> Callable[[], None]:  # fmt: skip
     """Work that decodes `prompts` prompts, `rows` together; completions of every run are added to `done`."""
@@ -229,7 +232,12 @@ def guesses(completions: list[Completion]) -> dict[str, float]:
 
 
 def first_guess(
-    draft: DraftModel, patient: LoadedModel, guides: list[Guide], rows: int, tokens: int, temperature: float
+    draft: DraftModel | Literal["doctors"],
+    patient: LoadedModel,
+    guides: list[Guide],
+    rows: int,
+    tokens: int,
+    temperature: float,
 ) -> float:
     """Share of tokens that were guessed right where one guess a token is made, always."""
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
@@ -251,6 +259,7 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
     own = merged(doctor, arguments.patient)
     apart = replace(beside, model=own, adapter=None)
     draft = load_draft(folder, patient)
+    small = None if arguments.small is None else load_guide(arguments.small, patient, name="small")
     rows: list[dict[str, Any]] = []
     guessed: dict[str, Any] = {}
     print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
@@ -267,6 +276,13 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
             "speculative": engine(patient, [beside], size, tokens, draft, heard["speculative"], **same),
             "patient_speculative": engine(patient, [], size, tokens, draft, heard["patient_speculative"], **same),
         }
+        if small is not None:
+            heard["small_speculative"] = []
+            ways["small_alone"] = engine(small.model, [], size, tokens, **same)
+            ways["small"] = engine(patient, [small], size, tokens, **same)
+            ways["small_speculative"] = engine(
+                patient, [small], size, tokens, "doctors", heard["small_speculative"], **same
+            )
         for way, work in ways.items():
             # What is guessed follows what guesses have cost, which takes some rounds to be known.
             for _ in range(3 if way in heard and not arguments.quick else 1):
@@ -292,6 +308,15 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
         found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
         return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
 
+    beside_small = {}
+    if small is not None:
+        beside_small = {
+            "small_cost_ratio": ratios("patient", "small_alone"),
+            "small_vs_patient": ratios("small", "patient"),
+            "small_speculative_vs_patient": ratios("small_speculative", "patient"),
+            "small_speculative_vs_small": ratios("small_speculative", "small"),
+            "acceptance_small": first_guess("doctors", patient, [small], sizes[-1], tokens, arguments.temperature),
+        }
     measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
     peaks = {way: peak(way, arguments, doctor, plan.memory_tokens) for way in measured}
     return {
@@ -306,6 +331,7 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
         "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
         "acceptance": first_guess(draft, patient, [beside], sizes[-1], tokens, arguments.temperature),
         "acceptance_patient": first_guess(draft, patient, [], sizes[-1], tokens, arguments.temperature),
+        **beside_small,
         "guesses": guessed,
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
@@ -325,6 +351,7 @@ def main() -> None:
     parser.add_argument("--patient", default="builtin:smollm2")
     parser.add_argument("--doctor", type=Path, help="a trained LoRA doctor on the patient; a random one if left out")
     parser.add_argument("--draft", type=Path, help="from `llmdoctor draft`")
+    parser.add_argument("--small", type=Path, help="a doctor on a smaller base, from `llmdoctor train --base`")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory", choices=["patient", "guided", "guided_apart"], help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,40 @@ def test_a_row_takes_tokens_back(tiny_model: LoadedModel) -> None:
     assert (done.token_ids, done.logps, done.patient_logps, done.drawn_logps) == ([40], [-40.0], [-80.0], [-40.0])
     row.append(encoder.end_of_turn, 0.0, 0.0)
     assert (row.done, row.completion.finish_reason) == (True, "stop")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stops_are_where_the_whole_text_has_them_first(tiny_model: LoadedModel, seed: int) -> None:
+    """Against a search of the whole answer after every token: random tokens, broken characters among them."""
+    encoder = GuidedDecoder(tiny_model).encoder
+    draw = random.Random(seed)
+    ids = draw.choices([token for token in range(250) if token not in encoder.stop_ids], k=200)
+    text = encoder.decode(ids)
+    # Of the text itself, mostly late and long, and such as are not in it.
+    starts = [draw.randrange(len(text) // 4, len(text)) for _ in range(3)]
+    stops = (*(text[start : start + draw.randrange(1, 40)] for start in starts), "\ufffd\ufffd\ufffd", "no such thing")
+    sampling = SamplingParams(max_new_tokens=300, stop=stops)
+    row = Row(0, Request.from_text("Hi", sampling=sampling), [[5]], encoder, 1000)
+    for count, token in enumerate(ids, 1):
+        row.append(token, 0.0, 0.0)
+        whole = encoder.decode(ids[:count])
+        assert row.done == any(stop in whole for stop in stops)
+        if row.done:
+            assert row.completion.text == whole[: min(whole.find(stop) for stop in stops if stop in whole)]
+            return
+    pytest.fail("a piece of the text is in the text")
+
+
+def test_stops_are_looked_for_in_a_few_tokens(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = GuidedDecoder(tiny_model).encoder
+    read: list[int] = []
+    decode = type(encoder).decode
+    monkeypatch.setattr(type(encoder), "decode", lambda self, ids: read.append(len(ids)) or decode(self, ids))
+    sampling = SamplingParams(max_new_tokens=300, stop=("never said",))
+    row = Row(0, Request.from_text("Hi", sampling=sampling), [[5]], encoder, 1000)
+    for _ in range(200):
+        row.append(40, 0.0, 0.0)
+    assert max(read) < 30
 
 
 def test_the_longest_prompt_counts(tiny_model: LoadedModel) -> None:

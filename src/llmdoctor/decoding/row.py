@@ -11,6 +11,9 @@ import numpy as np
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.errors import UserError
 
+_SLACK = 8
+"""Tokens more than a stop string has bytes: a decoder may treat the first ones otherwise, and a few may be empty."""
+
 RANKS = 8
 """Candidates after one token that may be guessed."""
 
@@ -89,16 +92,27 @@ class Row:
         sampling = self.request.sampling
         if token in self._encoder.stop_ids:
             return self.finish("stop")
-        if sampling.stop:
-            text = self._encoder.decode(done.token_ids)
-            places = [place for place in (text.find(stop) for stop in sampling.stop) if place >= 0]
-            if places:
-                return self.finish("stop", text[: min(places)])
+        if (end := self._stop_string()) is not None:
+            return self.finish("stop", end)
         if len(done.token_ids) >= sampling.max_new_tokens:
             return self.finish("length")
         if len(done.token_ids) >= self.room:
             return self.finish("context")
         return None
+
+    def _stop_string(self) -> str | None:
+        """What stands before the first stop string; None where there is none."""
+        stops, ids = self.request.sampling.stop, self.completion.token_ids
+        if not stops:
+            return None
+        # One that is new ends in the last token, and no token is less than a byte. So it is looked for in a few tokens,
+        # not in the whole answer after every one.
+        newest = self._encoder.decode(ids[-max(len(stop.encode()) for stop in stops) - _SLACK :])
+        if not any(stop in newest for stop in stops):
+            return None
+        text: str = self._encoder.decode(ids)
+        places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+        return text[: min(places)] if places else None
 
     def retract(self, length: int) -> None:
         """Unbook all tokens but the first `length`, and open the row again."""
