@@ -212,9 +212,46 @@ def test_how_a_chat_judge_is_asked(tmp_path: Path) -> None:
         assert report.cost == pytest.approx((200 * 1 + 20 * 2) / 1e6)
 
 
+def test_parameters_key_and_patience_of_a_chat_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reasoning model wants; other parameters are other questions, also to the replies that are kept."""
+    monkeypatch.setenv("MY_KEY", "secret")
+    params = '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4096}'
+    options = JudgeOptions(judge_params=params, judge_key_env="MY_KEY", judge_timeout=0.5)
+    with serving(Judging(Say(delay=2.0))) as server:
+        judge = TaskJudge(f"chat:wise@{server.url}", tmp_path, options)
+        # The first reply is waited for in vain, and asked for again.
+        assert judge.outcomes(HI, ["one"], ["three"]) == [0.0]
+        report = judge.report()
+        assert report is not None
+        assert report.retried == 1
+        own = {"model", "messages", "seed", "max_completion_tokens"}
+        assert all(body.keys() == own and body["max_completion_tokens"] == 4096 for body in server.bodies)
+        assert set(server.keys) == {"Bearer secret"}
+        plain = TaskJudge(f"chat:wise@{server.url}", tmp_path)
+        assert plain.fingerprint != judge.fingerprint
+        estimate = plain.estimate(HI, ["one"], ["three"])
+        assert estimate is not None
+        assert estimate.uncached == 2
+
+
+def test_a_step_is_shown_while_a_chat_judge_is_asked(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    """Every comparison of the answers counts; a rerun, which asks nothing, shows none."""
+    with serving(Judging()) as server:
+        tasks = tasks_of(bench_sources, f"chat:wise@{server.url}")[:1]
+        for asks in (True, False):
+            arena, steps = arena_of(tiny_folder, bench_sources, tmp_path / "out", tasks=tasks, seeds=1)
+            make_table(arena, ["greedy"])
+            shown = [units for step, units in zip(steps.started, steps.units, strict=True) if "asking chat:" in step]
+            assert bool(shown) == asks
+            assert set(shown) <= {PROMPTS}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"judge_timeout": 0.0}, "judge_timeout must be a finite number greater than 0, got 0.0"),
+        ({"judge_params": "{temperature: 1}"}, "judge_params must be a JSON object"),
+        ({"judge_params": "[1]"}, "judge_params must be a JSON object"),
         ({"judge_price_in": 1.0}, "needs both judge_price_in and judge_price_out"),
         ({"judge_price_in": -1.0, "judge_price_out": 1.0}, "must be a finite number of at least 0, got -1.0"),
         ({"judge_rpm": 0.0}, "judge_rpm must be greater than 0, got 0.0"),

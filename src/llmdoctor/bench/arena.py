@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from llmdoctor.bench.record import answers_record, read_records, surroundings, w
 from llmdoctor.data.formats import Message
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.errors import UserError
+from llmdoctor.evaluation.judges import Progress
 
 RAW_FOLDER = "raw"
 MODELS_FOLDER = "models"
+
+Comparisons = tuple[list[Sequence[Message]], list[str], list[str]]
+"""Prompts, first and second texts."""
 
 Texts = Mapping[str, Sequence[str]]
 """Prompt id -> one text a seed."""
@@ -144,7 +149,9 @@ class Arena:
 
     def outcomes(self, task: Task, first: Texts, second: Texts) -> dict[str, list[float]]:
         """The judge's outcome for every prompt and seed of `first`: 1 where the first text wins."""
-        verdicts = iter(self.judge(task).outcomes(*self._comparisons([(first, second)])))
+        comparisons = self._comparisons([(first, second)])
+        with self._asking(task, comparisons) as progress:
+            verdicts = iter(self.judge(task).outcomes(*comparisons, progress))
         return {prompt: [next(verdicts) for _ in row] for prompt, row in first.items()}
 
     def announce_scores(self, task: Task, contenders: Sequence[Contender], later: int = 0) -> None:
@@ -169,9 +176,19 @@ class Arena:
             record |= {"judge_fingerprints": judges} if judges else {}
         return write_result(self.output, name, value, {**surroundings(self.quick), **record})
 
-    def _comparisons(
-        self, matches: Sequence[tuple[Texts, Texts]]
-    ) -> tuple[list[Sequence[Message]], list[str], list[str]]:
+    @contextmanager
+    def _asking(self, task: Task, comparisons: Comparisons) -> Iterator[Progress | None]:
+        """Show a step while a chat judge is asked; whoever is quick, or knows all answers already, shows none."""
+        judge = self.judge(task)
+        estimate = judge.estimate(*comparisons)
+        if estimate is None or not estimate.uncached:
+            yield None
+            return
+        self.steps.start(f"{task.name}: asking {judge.name}", len(comparisons[0]), "comparisons")
+        yield self.steps.advance
+        self.steps.done()
+
+    def _comparisons(self, matches: Sequence[tuple[Texts, Texts]]) -> Comparisons:
         """Prompts, first and second texts, seed by seed for the prompts of each first."""
         conversations = {prompt.id: prompt.messages for prompt in self.prompts}
         rows = [
@@ -197,7 +214,9 @@ class Arena:
 
     def _scores(self, task: Task, answers: dict[str, list[Answer]]) -> dict[str, list[float]]:
         texts = {prompt: [answer.text for answer in row] for prompt, row in answers.items()}
-        values = iter(self.judge(task).scores(*self._comparisons([(texts, self._patient_texts(task))])))
+        comparisons = self._comparisons([(texts, self._patient_texts(task))])
+        with self._asking(task, comparisons) as progress:
+            values = iter(self.judge(task).scores(*comparisons, progress))
         return {prompt: [next(values) for _ in row] for prompt, row in texts.items()}
 
     def _patient_texts(self, task: Task) -> dict[str, list[str]]:

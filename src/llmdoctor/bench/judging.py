@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -30,6 +31,10 @@ class JudgeOptions:
             if left out.
         judge_rpm: at most so many requests a minute; no limit if left out.
         judge_concurrency: requests to a chat judge in flight at once.
+        judge_params: JSON of request parameters, over temperature 0, seed 0 and max_tokens 512; null removes one.
+            Reasoning models of OpenAI want '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4096}'.
+        judge_key_env: the environment variable that holds the key; OPENAI_API_KEY if left out.
+        judge_timeout: seconds of silence after which a chat judge is asked again.
     """
 
     judge_price_in: float | None = None
@@ -37,6 +42,9 @@ class JudgeOptions:
     judge_prompt: str | None = None
     judge_rpm: float | None = None
     judge_concurrency: int = 4
+    judge_params: str | None = None
+    judge_key_env: str | None = None
+    judge_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         prices = (self.judge_price_in, self.judge_price_out)
@@ -49,6 +57,21 @@ class JudgeOptions:
             raise UserError(f"judge_rpm must be greater than 0, got {self.judge_rpm}")
         if self.judge_concurrency < 1:
             raise UserError(f"judge_concurrency must be at least 1, got {self.judge_concurrency}")
+        if not 0 < self.judge_timeout < math.inf:
+            raise UserError(f"judge_timeout must be a finite number greater than 0, got {self.judge_timeout}")
+        self.params()
+
+    def params(self) -> dict[str, Any]:
+        """The parameters of `judge_params`; UserError where it is no JSON object."""
+        try:
+            found = json.loads(self.judge_params or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(
+                f"judge_params must be a JSON object, such as '{{\"temperature\": 1}}', got {self.judge_params!r}"
+            )
+        return found
 
 
 class TaskJudge:
@@ -101,7 +124,13 @@ class TaskJudge:
         """Of endpoint, parameters and question of a chat judge; None for the others."""
         return self._chat.fingerprint if self._chat else None
 
-    def scores(self, prompts: Sequence[Messages], texts: Sequence[str], patient: Sequence[str]) -> list[float]:
+    def scores(
+        self,
+        prompts: Sequence[Messages],
+        texts: Sequence[str],
+        patient: Sequence[str],
+        progress: Progress | None = None,
+    ) -> list[float]:
         """One number an answer: the score; from a judge that only compares, 1, ½ or 0 against the patient's answer.
 
         Raises:
@@ -109,11 +138,17 @@ class TaskJudge:
         """
         if self._score is not None:
             return list(self._score(prompts, texts))
-        return self.outcomes(prompts, texts, patient)
+        return self.outcomes(prompts, texts, patient, progress)
 
-    def outcomes(self, prompts: Sequence[Messages], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """1 where the first answer wins, 0 where the second does, else ½."""
-        return [verdict.outcome for verdict in self._judge.compare(prompts, first, second)]
+    def outcomes(
+        self,
+        prompts: Sequence[Messages],
+        first: Sequence[str],
+        second: Sequence[str],
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """1 where the first answer wins, 0 where the second does, else ½; `progress` hears of every comparison."""
+        return [verdict.outcome for verdict in self._judge.compare(prompts, first, second, progress=progress)]
 
     def agreement(self, pairs: Sequence[PreferencePair], progress: Progress | None = None) -> JudgeAgreement:
         """How often it prefers the response that people chose."""
@@ -153,8 +188,15 @@ def _chat_judge(rest: str, folder: Path, options: JudgeOptions) -> ChatJudge:
     model, _, url = rest.partition("@")
     if not model:
         raise UserError("a chat judge is named chat:MODEL or chat:MODEL@URL")
-    pace: dict[str, Any] = {"requests_per_minute": options.judge_rpm, "concurrency": options.judge_concurrency}
-    endpoint = ChatEndpoint(model, url, **pace) if url else ChatEndpoint(model, **pace)
+    how: dict[str, Any] = {
+        "requests_per_minute": options.judge_rpm,
+        "concurrency": options.judge_concurrency,
+        "params": options.params(),
+        "timeout_s": options.judge_timeout,
+    }
+    how |= {"base_url": url} if url else {}
+    how |= {"api_key_env": options.judge_key_env} if options.judge_key_env else {}
+    endpoint = ChatEndpoint(model, **how)
     prices = None
     if options.judge_price_in is not None and options.judge_price_out is not None:
         prices = Prices(options.judge_price_in, options.judge_price_out)
