@@ -85,7 +85,9 @@ def test_a_reward_model_judges_a_comparison(
     rows = make_table(arena, ["greedy"])
     model = compared.kits["a"].reward_model(1)
     greedy = arena.cells.get(arena.tasks[0], CONTENDERS["greedy"], {}, 0).answers
-    rewards = model.score([prompt.messages for prompt in arena.prompts], [answer.text for answer in greedy])
+    prompts, texts = [prompt.messages for prompt in arena.prompts], [answer.text for answer in greedy]
+    rewards = model.score(prompts, texts, complete=True)
+    assert rewards != model.score(prompts, texts)
     (row,) = [row for row in rows if (row["method"], row["at"]) == ("greedy", "best")]
     assert row["score"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-3)
 

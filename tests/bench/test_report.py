@@ -549,6 +549,26 @@ def test_a_file_alone_or_missing_still_gives_a_page(folder, name, tmp_path):
     assert f"Not in this folder: {name}.json." in page.text
 
 
+def test_the_judges_agreement_with_people_is_told_where_it_was_measured(folder):
+    """Both orders only of a judge that reads two answers; a missing file is no gap."""
+    assert "The judge" not in rendered(folder).text
+    found = {"judge": "chat:wise", "agreement": 71.3, "low": 64.5, "high": 77.9, "position_consistency": 83.0,
+             "ties": 20, "unanswered": 3, "pairs": 200}  # fmt: skip
+    (folder / "judge.json").write_text(json.dumps(found))
+    told = "The judge chat:wise prefers what people chose in 71.3 % (64.5 to 77.9) of 200 labelled pairs"
+    text = rendered(folder).text
+    assert told in text
+    assert "the same in both orders of presentation in 83.0 %. It gave no verdict on 3." in text
+    (folder / "judge.json").write_text(json.dumps({**found, "position_consistency": None, "unanswered": 0}))
+    text = rendered(folder).text
+    assert told in text
+    assert "both orders of presentation" not in text
+    assert "no verdict" not in text
+    (folder / "judge.json").write_text(json.dumps({**found, "low": "little"}))
+    with pytest.raises(UserError, match=r"judge\.json: low must be a number, got 'little'"):
+        render_bench_report(folder)
+
+
 def test_no_results_or_broken_ones_end_in_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"holds no results; expected at least one of table\.json"):
         render_bench_report(tmp_path)

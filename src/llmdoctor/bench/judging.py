@@ -102,9 +102,9 @@ class TaskJudge:
         elif kind == "reward":
             from llmdoctor.models.reward_model import load_reward_model
 
-            model = load_reward_model(rest)
+            model = _Finished(spec, load_reward_model(rest))
             self._judge = RewardJudge(model, name=spec)
-            self._score = lambda prompts, texts: finite_rewards(spec, model.score(prompts, texts))
+            self._score = model.score
             # One with broken weights is told now, not after hours of decoding.
             self._score([[{"role": "user", "content": "Hello"}]], ["Hello."])
         else:
@@ -163,6 +163,21 @@ class TaskJudge:
     def report(self) -> JudgeReport | None:
         """What a chat judge has been asked so far; None for the others."""
         return self._chat.report() if self._chat else None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A reward model that reads every answer as a finished turn, as chat templates write them, also one that was cut.
+
+    Rewards without the end of the turn are not what reward models are trained for.
+    """
+
+    name: str
+    model: Any
+
+    def score(self, prompts: Sequence[Messages], texts: Sequence[str]) -> list[float]:
+        """One finite number a text, higher is better."""
+        return finite_rewards(self.name, self.model.score(prompts, texts, complete=True))
 
 
 def finite_rewards(name: str, rewards: Sequence[float]) -> list[float]:

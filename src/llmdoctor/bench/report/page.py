@@ -53,6 +53,7 @@ def render_bench_report(folder: Path) -> Path:
         of_section=of_section,
         tasks=results.tasks,
         ablation=results.ablation,
+        judge=results.judge,
         costs=_costs(results.frontier),
         examples=examples,
         examples_note=examples_note,

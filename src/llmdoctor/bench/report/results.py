@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdoctor.bench.ablation import AblationRow
+from llmdoctor.bench.agreement import AgreementResult
 from llmdoctor.bench.held_out import DynamicsRow, HumanRow
 from llmdoctor.bench.pareto import Pareto, ParetoPoint
 from llmdoctor.bench.points import Figures
@@ -39,7 +40,8 @@ class BenchResults:
     Attributes:
         folder: where.
         records: what each result file that is there was made from, by its name, see `bench.record`.
-        missing: names of the files that are not there.
+        judge: how the judge fares on human labels; not every comparison needs to know.
+        missing: names of the other files that are not there.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class BenchResults:
     dynamics: list[DynamicsRow]
     human: list[HumanRow]
     pareto: Pareto | None
+    judge: AgreementResult | None
     missing: tuple[str, ...]
 
     @property
@@ -87,6 +90,7 @@ def read_results(folder: Path) -> BenchResults:
         folder=folder,
         records=records,
         pareto=pareto,
+        judge=_agreement(folder),
         missing=tuple(missing),
         **{name: found or [] for name, found in rows.items()},
     )
@@ -124,6 +128,14 @@ def _pareto(folder: Path) -> Pareto | None:
         _check(f"{path} point {number}", point, ParetoPoint)
         if len(point["scores"]) != 2:
             raise UserError(f"{path} point {number} has {len(point['scores'])} scores; a front in the plane needs 2")
+    return found
+
+
+def _agreement(folder: Path) -> AgreementResult | None:
+    path = folder / "judge.json"
+    found: AgreementResult | None = _load(path)
+    if found is not None:
+        _check(str(path), found, AgreementResult)
     return found
 
 
