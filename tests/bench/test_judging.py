@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that is asked once only: the default waits a minute in all."""
     monkeypatch.setattr(
         "llmdoctor.evaluation.chat_endpoint.ChatEndpoint",
-        lambda model, url, **pace: ChatEndpoint(model, url, **{**pace, "retries": 0, "concurrency": 1}),
+        lambda model, **how: ChatEndpoint(model, **{**how, "retries": 0, "concurrency": 1}),
     )
 
 
@@ -52,7 +52,7 @@ def test_a_reward_model_scores_and_compares(compared: Arena) -> None:
     folder = compared.output / "models/a/seed0/reward_model"
     judge = TaskJudge(f"reward:{folder}", compared.output)
     texts = ["the cat sat", "a dog"]
-    own = compared.kits["a"].reward_model(0).score(HI * 2, texts)
+    own = compared.kits["a"].reward_model(0).score(HI * 2, texts, complete=True)
     assert judge.scores(HI * 2, texts, ["", ""]) == pytest.approx(own, abs=1e-4)
     assert judge.outcomes(HI, texts[:1], texts[1:]) == [1.0 if own[0] > own[1] else 0.0]
 
