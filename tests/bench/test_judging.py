@@ -292,7 +292,7 @@ def test_a_chat_judge_that_goes_down_leaves_what_it_said(
         server.bodies.clear()
         again, told = arena_of(tiny_folder, bench_sources, output, tasks=tasks)
         make_table(again, ["greedy"])
-        assert told.started == []
+        assert all("asking chat:wise" in step for step in told.started)
         assert server.bodies
         assert not before & {body["messages"][-1]["content"] for body in server.bodies}
 

@@ -224,7 +224,7 @@ def test_a_judge_that_is_down_leaves_the_answers(
     """Nothing listens; everything is decoded and kept. With the judge up, the same command only judges."""
     monkeypatch.setattr(
         "llmdoctor.evaluation.chat_endpoint.ChatEndpoint",
-        lambda model, url, **pace: ChatEndpoint(model, url, retries=0, **pace),
+        lambda model, **how: ChatEndpoint(model, retries=0, **how),
     )
     output = tmp_path / "out"
     judging = Judging(answer=lambda _: Say(json.dumps({"verdict": "tie"})))
