@@ -20,8 +20,9 @@ from llmdoctor.evaluation.metrics import distinct_n
 from llmdoctor.evaluation.pareto import hypervolume, pareto_front
 
 RESAMPLES = 500
-FIRST_SHARES = (0.25, 0.5, 0.75)
-"""Weight of the first task; the second has the rest."""
+FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
+"""Weight of the first task; the second has the rest. Quarters alone are steps so coarse that where they happen to fall
+decides which hypervolume is the larger."""
 
 STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (3.0, 6.0), "reward_soup": (1.0, 2.0), "mod": (1.0, 2.0)}
 """What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; beyond, they go
