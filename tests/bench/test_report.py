@@ -622,6 +622,18 @@ def test_hostile_text_is_only_text(folder):
         ElementTree.parse(path)
 
 
+def test_no_name_beside_a_curve_is_cut_off(folder, tmp_path):
+    """Some are as long as LLMdoctor, pairs: in bold, some nine units a letter."""
+    rewrite(folder, "dynamics", lambda rows: [*rows, {**rows[0], "method": "llmdoctor_pairs"}])
+    (path,) = (path for path in write_plots(folder, tmp_path / "plots") if path.name == "dynamics-sentiment.svg")
+    root = ElementTree.parse(path).getroot()
+    names = [
+        text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class", "").startswith("name ")
+    ]
+    assert len(names) == 4
+    assert all(float(text.get("x")) + 8.6 * len(text.text) <= float(root.get("width")) for text in names)
+
+
 def test_plots_stand_alone_on_white(folder, tmp_path):
     paths = write_plots(folder, tmp_path / "plots")
     names = {path.name for path in paths}

@@ -170,7 +170,9 @@ def intervals(
 def dynamics(bands: Sequence[Band], label: str) -> Markup:
     """Normalised gap along the response, with bounds; the straight line is a signal spread evenly."""
     values = [value for band in bands for value in (*band.low, *band.high)]
-    plot = Plot(330, (0, 1), _padded([0.0, 1.0, *values]), label, width=WIDTH, right=96)
+    # The names stand to the right of their curves, in bold.
+    right = round(20 + 1.1 * LETTER * max(len(band.look.name) for band in bands))
+    plot = Plot(330, (0, 1), _padded([0.0, 1.0, *values]), label, width=WIDTH, right=right)
     plot.y_axis(ticks(*plot.y_range))
     plot.x_axis([(share, percent(share)) for share in (0, 0.25, 0.5, 0.75, 1)], "part of the response read")
     plot.line("mark", 0, 0, 1, 1)
