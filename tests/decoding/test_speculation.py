@@ -312,16 +312,22 @@ def test_good_guesses_save_passes(
     assert found.patient_forwards == 25 + found.guessed - found.guesses_held
 
 
+@pytest.mark.parametrize("guided", ["beside", "two doctors that guess"])
 def test_draws_follow_the_enumerated_distribution(
-    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch
+    patient: LoadedModel, draft: DraftModel, guides: list[Guide], monkeypatch: pytest.MonkeyPatch, guided: str
 ) -> None:
-    """χ² of 10⁵ draws, by threes, the third mostly behind a guess, against the distribution of all threes."""
+    """χ² of 10⁵ draws, by threes, the third mostly behind a guess, against the distribution of all threes.
+
+    By a draft model beside an adapter in ratio form; and by a doctor in product form and one in ratio form themselves,
+    the latter reading another prompt.
+    """
     temperature, top_k = 0.8, 5
     sampling = SamplingParams(max_new_tokens=3, temperature=temperature, top_k=top_k)
-    request = Request.from_text("Hi", betas={"beside": 1.5}, sampling=sampling)
-    here = guides[:1]
+    here, betas = (guides[:1], {"beside": 1.5}) if guided == "beside" else (guides[1:], {"product": 0.5, "ratio": 1.5})
+    request = Request.from_text("Hi", alpha=0.9, betas=betas, sampling=sampling)
     always(monkeypatch, best_tree(RATES, 6, 2)[0])
-    decoder = GuidedDecoder(patient, here, max_batch_size=2500, draft=draft)
+    guesses: Any = draft if guided == "beside" else "doctors"
+    decoder = GuidedDecoder(patient, here, max_batch_size=2500, draft=guesses)
     decoder.encoder.stop_ids = frozenset()
     rows = 35_000
     threes: dict[tuple[int, ...], int] = {}
@@ -333,22 +339,31 @@ def test_draws_follow_the_enumerated_distribution(
             held += done.guesses_held
     assert held > rows / 50, "guesses should have held"
 
-    merged = Guide("merged", load_merged(patient, here[0]), "patient")
-    prompt = decoder.encoder.prompt_ids(request.messages)
-
     def follows(ids: list[int]) -> Tensor:
-        with torch.no_grad():
-            own = patient.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-            theirs = merged.model.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-        scores = (own + 1.5 * (theirs - own)) / temperature
+        """The distribution after these tokens, by the formula, from whole models that read everything anew."""
+
+        def said(model: LoadedModel, system: str | None = None) -> Tensor:
+            whole = [*decoder.encoder.prompt_ids(request.messages, system), *ids]
+            with torch.no_grad():
+                return model.model(input_ids=torch.tensor([whole])).logits[0, -1].double()
+
+        scores = 0.9 * said(patient)
+        for guide in here:
+            model = load_merged(patient, guide) if guide.adapter else guide.model
+            reference = patient if guide.reference == "patient" else guide.reference
+            term = said(model, guide.system)
+            if reference is not None:
+                term = term - said(reference, guide.system)
+            scores = scores + betas[guide.name] * term
+        scores = scores / temperature
         return scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf).softmax(-1)
 
     chi_square, cells = 0.0, 0
-    first = follows(prompt)
+    first = follows([])
     for one in first.nonzero()[:, 0].tolist():
-        second = follows([*prompt, one])
+        second = follows([one])
         for two in second.nonzero()[:, 0].tolist():
-            third = follows([*prompt, one, two])
+            third = follows([one, two])
             for three in third.nonzero()[:, 0].tolist():
                 expected = rows * float(first[one] * second[two] * third[three])
                 chi_square += (threes.pop((one, two, three), 0) - expected) ** 2 / expected
@@ -379,20 +394,29 @@ def load_merged(patient: LoadedModel, guide: Guide) -> LoadedModel:
 
 
 @pytest.mark.model
-def test_two_thousand_tokens_of_the_real_model_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen rows, greedy and sampled, ten at a time, in float32. Guesses hold three times out of five, row by row."""
+def test_two_thousand_tokens_of_the_real_model_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rows, greedy and sampled, most of them guided, ten at a time, in float32.
+
+    Guesses hold three times out of five, row by row.
+    """
     model = load_model("builtin:smollm2", dtype="float32", device="cpu")
+    shaken(fresh_doctor(load_model("builtin:smollm2", dtype="float32", device="cpu"))).save_pretrained(tmp_path)
+    guide = load_guide(tmp_path, model, name="it")
     asked = [
-        Request(prompt.messages, sampling=SamplingParams(max_new_tokens=130, temperature=place % 2, seed=place))
+        Request(
+            prompt.messages,
+            betas={"it": (0.0, 0.5, 1.0)[place % 3]},
+            sampling=SamplingParams(max_new_tokens=130, temperature=place % 2, seed=place),
+        )
         for place, prompt in enumerate(load_prompts("builtin:prompts/test", 16))
     ]
-    plain = GuidedDecoder(model, max_batch_size=10)
+    plain = GuidedDecoder(model, [guide], max_batch_size=10)
     plain.encoder.stop_ids = frozenset()
     expected = plain.generate(asked)
     assert sum(len(done.token_ids) for done in expected) == 2080
 
     untrained = DraftModel.from_layers(model.model, [29], torch.arange(4000)).requires_grad_(False).eval()
-    decoder = GuidedDecoder(model, max_batch_size=10, draft=untrained)
+    decoder = GuidedDecoder(model, [guide], max_batch_size=10, draft=untrained)
     decoder.encoder.stop_ids = frozenset()
     always(monkeypatch, TREES[1])
     draw, guess = random.Random(0), Ward._guess

@@ -5,7 +5,6 @@ Shapes: B rows alive, V vocabulary, D guides. Every model keeps its own cache an
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from llmdoctor.decoding.cache import new_cache, sees_everything
 from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
 from llmdoctor.decoding.lane import context_of
+from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request
@@ -27,8 +27,6 @@ from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.loading import LoadedModel
-
-_log = logging.getLogger(__name__)
 
 _BLOCK = 64
 """Rows whose logits are alive at once."""
@@ -178,18 +176,11 @@ class GuidedDecoder:
                         ward.admit(new, self.pace.most if draft is not None else 0)
                     self._draw(ward, guided)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
                 if len(back) == 1 and not back[0].done:
-                    told = (
-                        f"out of memory with a single prompt of {len(back[0].prompts[0])} tokens; use a smaller model, "
-                        "a shorter prompt, fewer doctors, no draft model or bfloat16"
-                    )
-                    if len(batch) == 1:
-                        raise UserError(told) from error
-                    _log.warning("Prompt %s ends with an error: %s.", back[0].request.id or back[0].index + 1, told)
-                    back[0].finish("error")
+                    give_up(back[0], error, alone=len(batch) == 1)
                     # Its length was the reason, not how many rows there were.
                     size = self.max_batch_size
                 else:
@@ -201,9 +192,7 @@ class GuidedDecoder:
                 finished = [row for row in ward.rows if row.done and not row.reported]
                 continue
             # Out here the error, and with it the frames that hold the tensors, is gone.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            _log.warning("Out of memory: going on with %d rows at a time.", size)
+            let_go(size)
 
     def _draw(self, ward: Ward, guided: bool) -> None:
         """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
@@ -310,9 +299,3 @@ def _check_lanes(lanes: Sequence[LaneSpec]) -> None:
 def _blocks(places: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(places), size):
         yield places[start : start + size]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # But for CUDA's own allocator torch raises a plain RuntimeError, whose text is all there is to know it by.
-    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

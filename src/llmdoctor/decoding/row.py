@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
+from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.request import Completion, Request
 from llmdoctor.errors import UserError
 
@@ -122,6 +124,13 @@ class Row:
         done.finish_reason = done.text = ""
         self.done = False
 
+    def restart(self) -> None:
+        """As if nothing had been drawn: the same tokens will be."""
+        self.completion = Completion(id=self.request.id)
+        self.tally = Tally()
+        self._used = 0
+        self.done = self.reported = False
+
     def finish(self, reason: str, text: str | None = None) -> None:
         """Close the row."""
         self.completion.finish_reason = reason
@@ -165,14 +174,41 @@ def complete(
 ) -> list[Completion]:
     """Decode `rows` in batches of similar prompt lengths; the completions come in the order of `rows`.
 
+    Where memory does not suffice, the rows that were under way begin anew, fewer of them together.
+
     Args:
         decode: takes a batch to its ends, and yields from time to time the rows that have just finished.
         on_done: called with a row's index and its completion as soon as it is finished.
+
+    Raises:
+        UserError: memory does not even hold the only row.
     """
-    order = sorted(rows, key=lambda row: (len(row.prompts[0]), row.index))
-    for start in range(0, len(order), max_batch_size):
-        for finished in decode(order[start : start + max_batch_size]):
+    waiting = deque(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index)))
+    size = max_batch_size
+
+    def report(finished: Iterable[Row]) -> None:
+        for row in finished:
+            row.reported = True
             if on_done:
-                for row in finished:
-                    on_done(row.index, row.completion)
+                on_done(row.index, row.completion)
+
+    while waiting:
+        batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+        try:
+            for finished in decode(batch):
+                report(finished)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                give_up(batch[0], error, alone=len(rows) == 1)
+            size = max(1, len(batch) // 2) if len(batch) > 1 else max_batch_size
+        else:
+            continue
+        let_go(size)
+        report(row for row in batch if row.done and not row.reported)
+        again = [row for row in batch if not row.done]
+        for row in again:
+            row.restart()
+        waiting.extendleft(reversed(again))
     return [row.completion for row in rows]
