@@ -18,12 +18,14 @@ from tests.killing import JobServer
 
 from llmdoctor.baselines.best_of_n import BestOfN
 from llmdoctor.bench.arena import Arena, ShardDone
+from llmdoctor.bench.cells import Cell
 from llmdoctor.bench.kit import ABLATIONS, Kit
 from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, DOCTOR, PATIENT, SAMPLES
 from llmdoctor.bench.options import BenchOptions, Shard
 from llmdoctor.bench.table import make_table
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.decoding.row import Row
 from llmdoctor.errors import FingerprintMismatch, UserError
 
 GREEDY = CONTENDERS["greedy"]
@@ -412,3 +414,32 @@ def test_options_refuse_what_cannot_be() -> None:
 def test_a_quick_run_is_never_larger_than_what_was_asked_for() -> None:
     quick = BenchOptions(pairs=8, max_new_tokens=100).quick()
     assert (quick.pairs, quick.max_new_tokens, quick.seeds, quick.prompt_count) == (8, 24, 1, 16)
+
+
+@pytest.mark.parametrize("broken", [1, PROMPTS])
+def test_answers_that_end_with_an_error_are_told(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """Some are kept, with what was said until then; where all are, nothing is."""
+    arena, told = arena_of(tiny_folder, bench_sources, tmp_path, seeds=1)
+    append = Row.append
+
+    def append_or_fail(self: Row, *token: Any) -> None:
+        if self.index < broken and len(self.completion.token_ids) == 2:
+            self.finish("error")
+        else:
+            append(self, *token)
+
+    monkeypatch.setattr(Row, "append", append_or_fail)
+
+    def get() -> Cell:
+        return arena.cells.get(arena.tasks[0], GREEDY, {}, 0)
+
+    if broken == PROMPTS:
+        with pytest.raises(UserError, match="seed 0: every answer of greedy ends with an error"):
+            get()
+        assert not list(tmp_path.rglob("*.jsonl.gz"))
+    else:
+        answers = get().answers
+        assert (answers[0].finish, answers[0].tokens) == ("error", 2)
+        assert f"seed 0: 1 of {PROMPTS} answers of greedy end with an error" in told.said[-1]

@@ -158,6 +158,17 @@ class Cells:
         done = built.decoder.generate(requests, on_done=lambda index, completion: self.steps.advance())
         seconds = time.perf_counter() - start
         self.steps.done()
+        broken = sum(completion.finish_reason == "error" for completion in done)
+        if broken == len(done):
+            raise UserError(
+                f"{where}seed {seed}: every answer of {name} ends with an error: a model returned NaN, or memory does "
+                "not even hold one prompt"
+            )
+        if broken:
+            self.steps.say(
+                f"{where}seed {seed}: {broken} of {len(done)} answers of {name} end with an error (a model returned "
+                "NaN, or memory did not hold the prompt); they count as far as they go"
+            )
         answers = [
             _answer(request, completion, place % built.samples, self._marks(built, place, completion))
             for place, (request, completion) in enumerate(zip(requests, done, strict=True))
