@@ -124,6 +124,46 @@ def test_a_table_of_ones_own_task(good: Cli, size: tuple[object, ...], own: Path
     assert json.loads((tmp_path / "out/run.json").read_text())["table.json"]["quick"] is False
 
 
+def test_all_but_human_labels_take_ones_own_tasks(
+    good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path
+) -> None:
+    """Two are called after their faces; dynamics, which judge nothing, want no judge."""
+    output = tmp_path / "out"
+    pairs = (
+        "--pairs-from",
+        own / "a.jsonl",
+        "--faces",
+        "positive",
+        "--pairs-from",
+        own / "b.jsonl",
+        "--faces",
+        "readable",
+    )
+    good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "brevity", *size)
+    assert json.loads((output / "pareto.json").read_text())["tasks"] == ["positive", "readable"]
+    more = ("--variant", "no_rounds", "--judge", "vader", "--judge", "flesch")
+    good("bench", "ablation", "--quick", "-o", output, *pairs, *more, *size)
+    rows = json.loads((output / "ablation.json").read_text())
+    assert {row["task"] for row in rows} == {"positive", "readable"}
+    good("bench", "dynamics", "--quick", "-o", output, *pairs[:4], *size)
+    assert {row["task"] for row in json.loads((output / "dynamics.json").read_text())} == {"own"}
+    judges = [task["judge"] for task in json.loads((output / "run.json").read_text())["ablation.json"]["tasks"]]
+    assert judges == ["vader", "flesch"]
+    told = good("bench", "report", "-o", output, "--plots", tmp_path / "plots").out
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert f"{len(plots)} charts are in {tmp_path / 'plots'}" in told
+    assert {"pareto.svg", "dynamics-own.svg", "ablation-readable.svg"} <= set(plots)
+
+
+def test_tasks_of_ones_own_that_do_not_match(cli: Cli, own: Path, tmp_path: Path) -> None:
+    line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own), "--pairs-from", own / "b.jsonl")
+    assert "2 × --pairs-from, 1 × --faces and 2 × --judge; expected as many of each, or one judge" in line
+    line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own), *own_task(own))
+    assert "two tasks share a name: positive, positive" in line
+    line = refused(cli, "pareto", "-o", tmp_path / "out", *own_task(own))
+    assert "a Pareto front needs two tasks, this comparison has 1" in line
+
+
 def test_a_shard_decodes_and_writes_no_results(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
     command = ("bench", "table", "-o", tmp_path / "out", "--method", "greedy", *own_task(own), *size)
     ended = good(*command, "--shard", "1/2")

@@ -55,6 +55,7 @@ def make_ablation(arena: Arena, kinds: Sequence[str] = ()) -> list[AblationRow]:
     arena.decode(list(variants.values()))
     rows: list[AblationRow] = []
     for task in arena.tasks:
+        arena.announce_scores(task, list(variants.values()))
         for kind, contender in variants.items():
             for point in arena.points(task, contender):
                 figures = point.figures()

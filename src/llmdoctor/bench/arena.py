@@ -135,7 +135,7 @@ class Arena:
         key = (task.name, contender.name, tuple(setting.items()))
         if key not in self._points:
             answers, seconds = self._answers(task, contender, setting)
-            scores = self._scores(task, answers)
+            scores = self.scores(task, _texts(answers))
             self._points[key] = Point(task.name, contender, setting, answers, scores, seconds)
         return self._points[key]
 
@@ -154,15 +154,26 @@ class Arena:
             verdicts = iter(self.judge(task).outcomes(*comparisons, progress))
         return {prompt: [next(verdicts) for _ in row] for prompt, row in first.items()}
 
+    def scores(self, task: Task, texts: Texts) -> dict[str, list[float]]:
+        """The judge's score of every text; from one that only compares, its outcome against the patient's own."""
+        comparisons = self._comparisons([(texts, self._patient_texts(task))])
+        with self._asking(task, comparisons) as progress:
+            values = iter(self.judge(task).scores(*comparisons, progress))
+        return {prompt: [next(values) for _ in row] for prompt, row in texts.items()}
+
     def announce_scores(self, task: Task, contenders: Sequence[Contender], later: int = 0) -> None:
         """Ask for consent to the questions that scores of these methods at all settings take, and `later` ones."""
         if self.judge(task).only_compares:
-            own = self._patient_texts(task)
             found = (
                 self._answers(task, contender, setting)[0] for contender in contenders for setting in contender.settings
             )
-            matches = [({prompt: [a.text for a in row] for prompt, row in answers.items()}, own) for answers in found]
-            self.announce(task, matches, later)
+            self.announce_scores_of(task, [_texts(answers) for answers in found], later)
+
+    def announce_scores_of(self, task: Task, texts: Sequence[Texts], later: int = 0) -> None:
+        """As `announce_scores`, of answers that are there."""
+        if self.judge(task).only_compares:
+            own = self._patient_texts(task)
+            self.announce(task, [(one, own) for one in texts], later)
 
     def announce(self, task: Task, matches: Sequence[tuple[Texts, Texts]], later: int = 0) -> None:
         """Ask for consent to the questions that the outcomes of these pairs of texts take, and `later` ones."""
@@ -212,16 +223,13 @@ class Arena:
                 answers.setdefault(answer.prompt, []).append(answer)
         return answers, seconds
 
-    def _scores(self, task: Task, answers: dict[str, list[Answer]]) -> dict[str, list[float]]:
-        texts = {prompt: [answer.text for answer in row] for prompt, row in answers.items()}
-        comparisons = self._comparisons([(texts, self._patient_texts(task))])
-        with self._asking(task, comparisons) as progress:
-            values = iter(self.judge(task).scores(*comparisons, progress))
-        return {prompt: [next(values) for _ in row] for prompt, row in texts.items()}
-
     def _patient_texts(self, task: Task) -> dict[str, list[str]]:
         texts: dict[str, list[str]] = {}
         for seed in self.seeds:
             for answer in self.cells.get(task, CONTENDERS[PATIENT], {}, seed).sample(0):
                 texts.setdefault(answer.prompt, []).append(answer.text)
         return texts
+
+
+def _texts(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[str]]:
+    return {prompt: [answer.text for answer in row] for prompt, row in answers.items()}

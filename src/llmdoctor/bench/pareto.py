@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 import numpy as np
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.kit import Kit
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Built, Contender, Setting
 from llmdoctor.bench.options import Task
@@ -99,7 +98,10 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
         for kit in arena.kits.values():
             kit.forget()
     arena.end_shard()
-    scored = [_scored(arena, pair, contender, setting) for contender in contenders for setting in contender.settings]
+    points = [(contender, setting) for contender in contenders for setting in contender.settings]
+    for objective in arena.tasks:
+        arena.announce_scores_of(objective, [_texts(arena, pair, *point) for point in points])
+    scored = [_scored(arena, pair, *point) for point in points]
     patient = _scored(arena, arena.tasks[0], CONTENDERS[PATIENT], {})
     reference = patient.scores.mean((0, 1))
     methods = list(dict.fromkeys(entry.method for entry in scored))
@@ -149,28 +151,29 @@ def _volume(scores: Any, patient: Any) -> tuple[float, float, float]:
 
 
 def _scored(arena: Arena, task: Task, contender: Contender, setting: Setting) -> _Scored:
-    by_seed = [arena.cells.get(task, contender, setting, seed).sample(0) for seed in arena.seeds]
-    own = [arena.cells.get(arena.tasks[0], CONTENDERS[PATIENT], {}, seed).sample(0) for seed in arena.seeds]
+    texts = _texts(arena, task, contender, setting)
     columns = []
     for objective in arena.tasks:
-        judge = arena.judge(objective)
-        rows = [
-            judge.scores([prompt.messages for prompt in arena.prompts], _texts(answers), _texts(theirs))
-            for answers, theirs in zip(by_seed, own, strict=True)
-        ]
-        columns.append(np.array(rows).T)
+        scores = arena.scores(objective, texts)
+        columns.append(np.array([scores[prompt.id] for prompt in arena.prompts]))
+    by_seed = [arena.cells.get(task, contender, setting, seed).sample(0) for seed in arena.seeds]
     flat = [answer for answers in by_seed for answer in answers]
     return _Scored(
         contender.name,
         setting,
         np.stack(columns, axis=-1),
         sum(answer.kl for answer in flat) / len(flat),
-        sum(distinct_n(_texts(answers), 4) for answers in by_seed) / len(by_seed),
+        sum(distinct_n([answer.text for answer in answers], 4) for answers in by_seed) / len(by_seed),
     )
 
 
-def _texts(answers: Sequence[Answer]) -> list[str]:
-    return [answer.text for answer in answers]
+def _texts(arena: Arena, task: Task, contender: Contender, setting: Setting) -> dict[str, list[str]]:
+    """By prompt, one a seed."""
+    found: dict[str, list[str]] = {}
+    for seed in arena.seeds:
+        for answer in arena.cells.get(task, contender, setting, seed).sample(0):
+            found.setdefault(answer.prompt, []).append(answer.text)
+    return found
 
 
 def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[Contender]:

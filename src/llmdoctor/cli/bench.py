@@ -18,6 +18,7 @@ from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
     from llmdoctor.bench.arena import Arena
+    from llmdoctor.bench.options import Task
 
 app = typer.Typer(
     help="Compare LLMdoctor with every other method on the same patient, pairs and prompts. All subcommands share one "
@@ -39,15 +40,18 @@ _TaskName = Annotated[
     list[str], typer.Option("--task", metavar="NAME", help="Only this of the controlled tasks. Repeatable.")
 ]
 _Pairs = Annotated[
-    str | None,
+    list[str],
     typer.Option(
         "--pairs-from", metavar="SOURCE", help="Your own preference pairs instead of the controlled tasks, as "
-        "`llmdoctor rewards` takes them. Needs --faces and --judge.",
+        "`llmdoctor rewards` takes them. Needs --faces, and --judge where there is one. Repeatable: a task each.",
     ),
 ]  # fmt: skip
 _Faces = Annotated[
-    str | None, typer.Option("--faces", metavar="DIMENSION", help="Faces that read your pairs, such as helpful.")
-]
+    list[str],
+    typer.Option(
+        "--faces", metavar="DIMENSION", help="Faces that read your pairs, such as helpful; once for each task.",
+    ),
+]  # fmt: skip
 _Shard = Annotated[
     str | None,
     typer.Option(
@@ -63,10 +67,10 @@ _Embedder = Annotated[
     ),
 ]  # fmt: skip
 _Judge = Annotated[
-    str | None,
+    list[str],
     typer.Option(
         "--judge", metavar="JUDGE", help="Who judges your task: a scorer's name, reward:MODEL (a reward model) or "
-        "chat:MODEL@URL (any OpenAI-compatible endpoint).",
+        "chat:MODEL@URL (any OpenAI-compatible endpoint). Once for all tasks, or for each.",
     ),
 ]  # fmt: skip
 
@@ -77,32 +81,16 @@ def _arena(
     output: Path,
     quick: bool,
     size: dict[str, Any],
-    tasks: Sequence[str] = (),
-    pairs: str | None = None,
-    faces: str | None = None,
-    judge: str | None = None,
+    tasks: Sequence[Task] = (),
     chat: dict[str, Any] | None = None,
     yes: bool = False,
     shard: str | None = None,
 ) -> Iterator[Arena]:
     """What the options ask for; inside the block the libraries that train are quiet."""
     from llmdoctor.bench.judging import JudgeOptions
-    from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
+    from llmdoctor.bench.options import BenchOptions, Shard
 
     part = None if shard is None else Shard.parse(shard)
-    chosen = {task.name: task for task in CONTROLLED_TASKS}
-    unknown = sorted(set(tasks) - set(chosen))
-    if unknown:
-        raise UserError(f"no controlled task is named {', '.join(unknown)}; there is {', '.join(chosen)}")
-    own = {"--pairs-from": pairs, "--faces": faces, "--judge": judge}
-    missing = [name for name, value in own.items() if value is None]
-    if len(missing) not in (0, len(own)):
-        raise UserError(f"a task of your own needs {', '.join(own)}; missing: {', '.join(missing)}")
-    if tasks and not missing:
-        raise UserError("--task names a controlled task, --pairs-from one of your own; give one of them")
-    picked = [task for name, task in chosen.items() if not tasks or name in tasks]
-    if pairs is not None and faces is not None and judge is not None:
-        picked = [Task("own", pairs, faces, judge)]
     options, judge_options = BenchOptions(**size), JudgeOptions(**(chat or {}))
     from llmdoctor.bench.arena import Arena, ShardDone
     from llmdoctor.cli.training_callback import quiet_training
@@ -111,7 +99,7 @@ def _arena(
     if quick:
         run.progress.say("This is a smoke run: its figures mean nothing.")
     arena = Arena(
-        output, options.quick() if quick else options, run.progress, picked, quick=quick, judge_options=judge_options,
+        output, options.quick() if quick else options, run.progress, tasks, quick=quick, judge_options=judge_options,
         consent=AskUser(run, yes), shard=part,
     )  # fmt: skip
     try:
@@ -120,6 +108,45 @@ def _arena(
     except ShardDone:
         run.say(f"shard {shard} is there; when all are, the same command without --shard makes the results in {output}")
         raise typer.Exit from None
+
+
+def _tasks(
+    names: Sequence[str] = (),
+    pairs: Sequence[str] = (),
+    faces: Sequence[str] = (),
+    judges: Sequence[str] = (),
+    *,
+    judged: bool = True,
+) -> list[Task]:
+    """The controlled tasks of these names, all if none is given, or the user's own.
+
+    Args:
+        names: of controlled tasks.
+        pairs, faces, judges: of the user's own; one judge serves for all.
+        judged: a task of one's own needs a judge.
+    """
+    from llmdoctor.bench.options import CONTROLLED_TASKS, Task
+
+    controlled = {task.name: task for task in CONTROLLED_TASKS}
+    if unknown := sorted(set(names) - set(controlled)):
+        raise UserError(f"no controlled task is named {', '.join(unknown)}; there is {', '.join(controlled)}")
+    own = {"--pairs-from": pairs, "--faces": faces, **({"--judge": judges} if judged else {})}
+    missing = [name for name, values in own.items() if not values]
+    if len(missing) == len(own):
+        return [task for name, task in controlled.items() if not names or name in names]
+    if missing:
+        raise UserError(f"a task of your own needs {', '.join(own)}; missing: {', '.join(missing)}")
+    if names:
+        raise UserError("--task names a controlled task, --pairs-from one of your own; give one of them")
+    judges = list(judges) * len(pairs) if len(judges) == 1 else judges if judged else [""] * len(pairs)
+    if not len(pairs) == len(faces) == len(judges):
+        raise UserError(
+            f"{len(pairs)} × --pairs-from, {len(faces)} × --faces and {len(judges)} × --judge; expected as many of "
+            "each, or one judge"
+        )
+    # A task by itself needs no name to tell it from others.
+    called = faces if len(pairs) > 1 else ["own"]
+    return [Task(*fields) for fields in zip(called, pairs, faces, judges, strict=True)]
 
 
 def _known_methods(names: list[str]) -> list[str]:
@@ -140,9 +167,9 @@ def table(
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
     shard: _Shard = None,
-    pairs_from: _Pairs = None,
-    faces: _Faces = None,
-    judge: _Judge = None,
+    pairs_from: _Pairs = [],  # noqa: B006
+    faces: _Faces = [],  # noqa: B006
+    judge: _Judge = [],  # noqa: B006
     size: _Size,
     chat: JudgeFlags,
     yes: Yes = False,
@@ -153,8 +180,8 @@ def table(
     """
     from llmdoctor.bench.table import make_table
 
-    names = _known_methods(method)
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes, shard) as arena:
+    names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
+    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
     words, figures = ("task", "against", "at"), ("win/tie/loss", "win + ½ tie", "95 %", "score")
@@ -181,9 +208,9 @@ def frontier(
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
     shard: _Shard = None,
-    pairs_from: _Pairs = None,
-    faces: _Faces = None,
-    judge: _Judge = None,
+    pairs_from: _Pairs = [],  # noqa: B006
+    faces: _Faces = [],  # noqa: B006
+    judge: _Judge = [],  # noqa: B006
     size: _Size,
     embedder: _Embedder = None,
     chat: JudgeFlags,
@@ -196,9 +223,9 @@ def frontier(
     from llmdoctor.bench.table import make_frontier
     from llmdoctor.evaluation.embedders import get_embedder
 
-    names = _known_methods(method)
+    names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
     embed = get_embedder(embedder) if embedder else None
-    with _arena(run, output, quick, size, task, pairs_from, faces, judge, chat, yes, shard) as arena:
+    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         rows = make_frontier(arena, names, embed)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     show_rows(run, rows, ("task", "method", "setting"), figures)
@@ -207,7 +234,17 @@ def frontier(
 
 @command
 def pareto(
-    run: Run, *, output: _Output = Path("runs/bench"), quick: _Quick = False, shard: _Shard = None, size: _Size
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    quick: _Quick = False,
+    shard: _Shard = None,
+    pairs_from: _Pairs = [],  # noqa: B006
+    faces: _Faces = [],  # noqa: B006
+    judge: _Judge = [],  # noqa: B006
+    size: _Size,
+    chat: JudgeFlags,
+    yes: Yes = False,
 ) -> None:
     """Two doctors mixed, against Reward Soups and MOD: scores of both tasks, fronts, hypervolume.
 
@@ -215,7 +252,8 @@ def pareto(
     """
     from llmdoctor.bench.pareto import STRENGTHS, make_pareto
 
-    with _arena(run, output, quick, size, shard=shard) as arena:
+    tasks = _tasks((), pairs_from, faces, judge)
+    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         most = 1 if quick else None
         result = make_pareto(arena, {method: values[:most] for method, values in STRENGTHS.items()})
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
@@ -239,7 +277,12 @@ def ablation(
         list[str], typer.Option("--variant", metavar="NAME", help="Only this variant beside the whole. Repeatable.")
     ] = [],  # noqa: B006
     shard: _Shard = None,
+    pairs_from: _Pairs = [],  # noqa: B006
+    faces: _Faces = [],  # noqa: B006
+    judge: _Judge = [],  # noqa: B006
     size: _Size,
+    chat: JudgeFlags,
+    yes: Yes = False,
 ) -> None:
     """The doctor without one of its parts (balances, flow, rounds), and the doctor of the pairs without one of its own.
 
@@ -247,7 +290,8 @@ def ablation(
     """
     from llmdoctor.bench.ablation import make_ablation
 
-    with _arena(run, output, quick, size, task, shard=shard) as arena:
+    tasks = _tasks(task, pairs_from, faces, judge)
+    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         rows = make_ablation(arena, variant)
     show_rows(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
     show_done(run, output, "ablation.json", quick)
@@ -260,6 +304,8 @@ def dynamics(
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
+    pairs_from: _Pairs = [],  # noqa: B006
+    faces: _Faces = [],  # noqa: B006
     size: _Size,
 ) -> None:
     """How early in a response LLMdoctor, GenARM and DPO tell chosen from rejected, on held-out pairs.
@@ -268,7 +314,8 @@ def dynamics(
     """
     from llmdoctor.bench.held_out import make_dynamics
 
-    with _arena(run, output, quick, size, task) as arena:
+    tasks = _tasks(task, pairs_from, faces, judged=False)
+    with _arena(run, output, quick, size, tasks) as arena:
         rows = make_dynamics(arena)
     quarters = [
         {
@@ -305,14 +352,23 @@ def human(
 
 
 @command
-def report(run: Run, *, output: _Output = Path("runs/bench")) -> None:
+def report(
+    run: Run,
+    *,
+    output: _Output = Path("runs/bench"),
+    plots: Annotated[
+        Path | None, typer.Option("--plots", metavar="FOLDER", help="Also write its charts, as SVG files, here.")
+    ] = None,
+) -> None:
     """One HTML page of all results in the folder.
 
     Example: llmdoctor bench report -o runs/bench
     """
-    from llmdoctor.bench.report.page import render_bench_report
+    from llmdoctor.bench.report.page import render_bench_report, write_plots
 
     run.say(f"the report is {render_bench_report(output)}")
+    if plots is not None:
+        run.say(f"{len(write_plots(output, plots))} charts are in {plots}")
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (table, frontier, pareto, ablation, dynamics, human, judge, report)
