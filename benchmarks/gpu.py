@@ -16,10 +16,11 @@ each, in interleaved rounds, as many as the time allows:
   base as its reference (ratio form), both in one pass;
 - logits_processor: the usual way, a `LogitsProcessor` inside `generate` that runs a doctor of the patient's own size,
   as a merged adapter is, with its cache; logits_processor_small: the same with the bare small doctor;
-- speculative_A: as guided, guessing ahead with a draft of the usual shape (one layer, 16,384 tokens).
+- speculative_A: as guided, guessing ahead with a draft of the usual shape (one layer, 16,384 tokens);
+- speculative_small_A: as guided_small, the small doctor guessing ahead itself.
 
-A draft of random weights never guesses right, so how often guesses hold cannot be measured here. It is given instead:
-the draft is run as ever, and then the first candidate at a place is made to hold with probability A, and no other
+Random weights never guess right, so how often guesses hold cannot be measured here. It is given instead:
+guesses are made as ever, and then the first candidate at a place is made to hold with probability A, and no other
 candidate ever. What holds is what guided decoding without guesses has drawn; the tokens drawn are replaced by those,
 because rounding in passes of other shapes would lead random weights astray. Everything that decoding costs is paid.
 """
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -38,7 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -253,8 +255,8 @@ class ScriptedDecoder(WatchedDecoder):
 
 
 def scripted(
-    patient: LoadedModel, guide: Guide, draft: DraftModel, script: list[list[int]], acceptance: float, tokens: int,
-    done: list[Completion],
+    patient: LoadedModel, guide: Guide, draft: DraftModel | Literal["doctors"], script: list[list[int]],
+    acceptance: float, tokens: int, done: list[Completion],
 ) -> tuple[Callable[[], None], ScriptedDecoder]:  # fmt: skip
     """Work that decodes the script guessing ahead; completions of every run are added to `done`."""
     decoder = ScriptedDecoder(
@@ -361,8 +363,11 @@ class Cast:
     same_size: LoadedModel | None
 
 
-Heard = dict[str, tuple[list[Completion], ScriptedDecoder]]
-"""By acceptance: what the speculative way drew, and the decoder that counted its guesses."""
+SPECULATIVE = ("speculative", "speculative_small")
+"""Ways that guess: a draft beside the adapter, and the small doctor itself."""
+
+Heard = dict[tuple[str, str], tuple[list[Completion], ScriptedDecoder]]
+"""By way and acceptance: what was drawn, and the decoder that counted its guesses."""
 
 
 def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[str, Any]:
@@ -385,10 +390,13 @@ def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[
     cast = Cast(patient, kit.beside(patient), small, kit.apart(small), kit.draft(patient), same_size)
     rows: list[dict[str, Any]] = []
     seconds: dict[tuple[int, str], list[float]] = {}
-    speculation: dict[str, dict[str, Any]] = {f"{acceptance:g}": {} for acceptance in ACCEPTANCES}
+    acceptances = [f"{acceptance:g}" for acceptance in ACCEPTANCES]
+    speculation: dict[str, dict[str, dict[str, Any]]] = {
+        way: {acceptance: {} for acceptance in acceptances} for way in SPECULATIVE
+    }
     for size in plan.sizes:
         until = clock.part()
-        ways, heard = warmed_up(cast, size, plan, list(speculation))
+        ways, heard = warmed_up(cast, size, plan, acceptances)
         times: dict[str, list[float]] = {way: [] for way in ways}
         while len(times["patient"]) < plan.rounds and (not times["patient"] or time.perf_counter() < until):
             for way, work in ways.items():
@@ -401,11 +409,12 @@ def measure(kit: Kit, name: str, config: Any, plan: Plan, clock: Clock) -> dict[
                 "seconds": own,
             })  # fmt: skip
             print(f"{name:>10} {size:>5} {way:>22} {rate:>10,.1f} {ratio:>10.2f}", flush=True)
-        for key, (completions, decoder) in heard.items():
-            speculation[key][str(size)] = {"acceptance": decoder.acceptance, **guesses(completions)}
+        for (way, key), (completions, decoder) in heard.items():
+            speculation[way][key][str(size)] = {"acceptance": decoder.acceptance, **guesses(completions)}
     return {
-        **all_ratios(seconds, plan.sizes, list(speculation)),
-        "speculation": speculation,
+        **all_ratios(seconds, plan.sizes, acceptances),
+        "speculation": speculation["speculative"],
+        "speculation_small": speculation["speculative_small"],
         "memory_ratio": over_patient(peaks, "guided"),
         "memory_ratio_small": over_patient(peaks, "guided_small"),
         "peak_bytes": peaks,
@@ -449,17 +458,16 @@ def warmed_up(cast: Cast, size: int, plan: Plan, acceptances: list[str]) -> tupl
         work()
     script = [done.token_ids for done in drawn[:size]]
     heard: Heard = {}
-    for key in acceptances:
+    guessing = dict(zip(SPECULATIVE, [(cast.beside, cast.draft), (cast.apart, "doctors")], strict=True))
+    for way, key in itertools.product(SPECULATIVE, acceptances):
         completions: list[Completion] = []
-        work, decoder = scripted(
-            cast.patient, cast.beside, cast.draft, script, float(key), plan.tokens, completions
-        )  # fmt: skip
+        work, decoder = scripted(cast.patient, *guessing[way], script, float(key), plan.tokens, completions)
         # What is guessed follows what guesses have cost, which takes some rounds to be known.
         for _ in range(2):
             work()
         completions.clear()
         decoder.rows.clear()
-        ways[f"speculative_{key}"], heard[key] = work, (completions, decoder)
+        ways[f"{way}_{key}"], heard[way, key] = work, (completions, decoder)
     gc.collect()
     return ways, heard
 
@@ -486,6 +494,10 @@ def all_ratios(
         "guided_small_vs_logits_processor": ratios("guided_small", "logits_processor_small"),
         "speculative_vs_patient": {key: ratios(f"speculative_{key}", "patient") for key in acceptances},
         "speculative_vs_guided": {key: ratios(f"speculative_{key}", "guided") for key in acceptances},
+        "speculative_small_vs_patient": {key: ratios(f"speculative_small_{key}", "patient") for key in acceptances},
+        "speculative_small_vs_guided_small": {
+            key: ratios(f"speculative_small_{key}", "guided_small") for key in acceptances
+        },
     }
 
 
@@ -568,7 +580,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for acceptance in found["speculation"]:
             print(f"{name}: at acceptance {acceptance}: speculative_vs_patient "
                   f"{_rounded(found['speculative_vs_patient'][acceptance])}, speculative_vs_guided "
-                  f"{_rounded(found['speculative_vs_guided'][acceptance])}")  # fmt: skip
+                  f"{_rounded(found['speculative_vs_guided'][acceptance])}; speculative_small_vs_patient "
+                  f"{_rounded(found['speculative_small_vs_patient'][acceptance])}")  # fmt: skip
     head = {
         "benchmark": "gpu", "says": says, "tiny": arguments.tiny, "device": arguments.device, "weights": weights,
         "tokenizer": arguments.tokenizer, "new_tokens": plan.tokens, "minutes": (time.perf_counter() - started) / 60,

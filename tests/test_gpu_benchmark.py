@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,28 +27,33 @@ def test_a_rehearsal_measures_everything_but_memory(
     assert json.loads(printed[-1]) == found
     assert (found["benchmark"], found["tiny"], found["skipped"]) == ("gpu", True, {})
     assert list(found["patients"]) == ["tiny-qwen", "tiny-llama"]
-    assert len(rows) == 2 * 2 * 10
+    assert len(rows) == 2 * 2 * 13
     for patient in found["patients"].values():
         for name in ("patient_vs_transformers", "cost_ratio", "guided_vs_patient", "guided_vs_logits_processor"):
             assert set(patient[name]) == {"1", "4"}
-        for name in ("speculative_vs_patient", "speculative_vs_guided", "speculation"):
+        for name in (
+            "speculative_vs_patient", "speculative_vs_guided", "speculation", "speculative_small_vs_patient",
+            "speculative_small_vs_guided_small", "speculation_small",
+        ):  # fmt: skip
             assert set(patient[name]) == {"0.5", "0.7", "0.8"}
         assert patient["memory_ratio"] is None
         # More than the tokenizer's: tokens that it does not know are decoded, too.
         assert patient["vocabulary"] == 512
 
 
-def test_guesses_hold_as_often_as_they_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["draft", "doctors"])
+def test_guesses_hold_as_often_as_they_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """1 200 tokens in four rows; at 0 none of the first candidates holds, at 1 all do."""
     # Left to the clock, a busy machine guesses so seldom that chance decides.
     monkeypatch.setattr(Pace, "choose", lambda self, rows: Tree((0, 1), (0, 0)))
     kit = gpu.Kit(torch.device("cpu"), gpu.load_tokenizer(str(tiny_folder)))
     patient = kit.model(gpu.shapes(tiny=True)["tiny-llama"], "patient")
-    guide, draft = kit.beside(patient), kit.draft(patient)
+    small = kit.model(gpu.small_shape(gpu.shapes(tiny=True)["tiny-llama"]), "small")
+    guessing: Any = (kit.apart(small), "doctors") if by == "doctors" else (kit.beside(patient), kit.draft(patient))
     script = [[(7 * place + row) % 300 for place in range(300)] for row in range(4)]
     for asked, low, high in ((0.0, 0.0, 0.0), (0.7, 0.63, 0.77), (1.0, 1.0, 1.0)):
         done: list[gpu.Completion] = []
-        work, decoder = gpu.scripted(patient, guide, draft, script, asked, 300, done)
+        work, decoder = gpu.scripted(patient, *guessing, script, asked, 300, done)
         work()
         assert decoder.acceptance is not None
         assert low <= decoder.acceptance <= high
