@@ -1,0 +1,58 @@
+"""The benchmark of decoding on tiny models: its last line holds what is promised."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import fresh_doctor, load, save_tiny, shaken
+
+from llmdoctor.models.draft import DraftModel, save_draft
+
+PROMISED = {
+    "patient_vs_transformers", "guided_vs_patient", "speculative_vs_patient", "speculative_vs_guided", "cost_ratio",
+    "guided_vs_logits_processor",
+}  # fmt: skip
+OF_SMALL = {
+    "small_cost_ratio",
+    "small_vs_patient",
+    "small_speculative_vs_patient",
+    "small_speculative_vs_small",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A patient whose context has room for the prompts, byte by byte; a draft for it; a doctor on its own base."""
+    root = tmp_path_factory.mktemp("decoding")
+    for name, seed in (("patient", 0), ("base", 1)):
+        save_tiny(root / name, tiny_tokenizer, context=2048, seed=seed)
+    patient = load(root / "patient")
+    save_draft(DraftModel.from_layers(patient.model, [1], torch.arange(300)), patient, {}, root / "draft")
+    shaken(fresh_doctor(load(root / "base"))).save_pretrained(root / "doctor")
+    return root
+
+
+def test_the_last_line_holds_what_is_promised(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "decoding.json"
+    command = [sys.executable, "-m", "benchmarks.decoding", "--quick", "--patient", str(folder / "patient"),
+               "--draft", str(folder / "draft"), "--small", str(folder / "doctor"), "--output", str(output)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text(encoding="utf-8"))
+    rows = found.pop("rows")
+    assert json.loads(done.stdout.splitlines()[-1]) == found
+    sizes = {str(row["batch"]) for row in rows}
+    assert len(sizes) == 2
+    for name in PROMISED | OF_SMALL:
+        assert set(found[name]) == sizes, name
+        assert all(value > 0 for value in found[name].values())
+    assert 0 <= found["acceptance"] <= 1
+    assert found["memory_ratio"] > 0.5
+    assert 0 <= found["acceptance_small"] <= 1
+    assert {row["way"] for row in rows} >= {"guided", "speculative", "small", "small_speculative"}
