@@ -40,8 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Pat
 
 def test_the_last_line_holds_what_is_promised(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "decoding.json"
-    command = [sys.executable, "-m", "benchmarks.decoding", "--quick", "--patient", str(folder / "patient"),
-               "--draft", str(folder / "draft"), "--small", str(folder / "doctor"), "--output", str(output)]  # fmt: skip
+    given = {"patient": folder / "patient", "draft": folder / "draft", "small": folder / "doctor", "output": output}
+    command = [sys.executable, "-m", "benchmarks.decoding", "--quick"]
+    command += [word for name, path in given.items() for word in (f"--{name}", str(path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text(encoding="utf-8"))
