@@ -12,8 +12,8 @@ each, in interleaved rounds:
 - guided_apart: our engine with the same doctor merged into weights of its own, as one with another base runs;
 - logits_processor: the usual way, a `LogitsProcessor` that runs the merged doctor, with its cache, inside `generate`;
 - speculative: as guided, with a draft model that guesses ahead; patient_speculative: as patient, with that draft;
-- small, with --small, a LoRA doctor on a smaller base (`llmdoctor shrink`): our engine with that doctor;
-  small_speculative: the same, and the doctor guesses ahead itself.
+- with --small, a LoRA doctor on a smaller base (`llmdoctor shrink`): small_alone, our engine with that base alone;
+  small, the patient with that doctor; small_speculative, the same, and the doctor guesses ahead itself.
 
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights: then these are
 timings, not quality, and guesses hold as often as they do for such a doctor. The draft is the one in --draft

@@ -71,6 +71,37 @@ def test_fewer_rows_go_on_and_say_the_same(
     assert "Out of memory: going on with 2 rows at a time." in caplog.text
 
 
+def test_kl_is_not_told_half_booked(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CARDS ends a row, and books its KL, around a call that memory may not suffice for: that row begins anew."""
+    method = MAKERS["cards"](tiny_folder)
+    expected = method.generate(asked(method))
+    absorb = Lane.absorb
+    for at in range(1, 7):
+        calls = 0
+
+        def absorb_or_not(self: Lane, *rest: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:  # noqa: B023
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            absorb(self, *rest)
+
+        monkeypatch.setattr(Lane, "absorb", absorb_or_not)
+        told: list[int] = []
+        found = method.generate(asked(method), on_done=lambda index, _: told.append(index))  # noqa: B023
+        for one, again in zip(expected, found, strict=True):
+            same(one, again)
+        assert sorted(told) == [0, 1, 2, 3]
+
+
+def test_errors_of_who_listens_are_theirs(method: Method) -> None:
+    def forgetful(index: int, completion: Completion) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        method.generate(asked(method), on_done=forgetful)
+
+
 def test_a_prompt_that_memory_cannot_hold_ends_alone(
     method: Method, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -442,4 +442,11 @@ def test_answers_that_end_with_an_error_are_told(
     else:
         answers = get().answers
         assert (answers[0].finish, answers[0].tokens) == ("error", 2)
-        assert f"seed 0: 1 of {PROMPTS} answers of greedy end with an error" in told.said[-1]
+        line = f"1 of {PROMPTS} answers end with an error"
+        assert line in told.said[-1]
+        get()
+        assert sum(line in said for said in told.said) == 1
+        # Who finds them later is told, too.
+        again, told = arena_of(tiny_folder, bench_sources, tmp_path, seeds=1)
+        again.cells.get(again.tasks[0], GREEDY, {}, 0)
+        assert line in told.said[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,29 @@ def test_parameters_key_and_patience_of_a_chat_judge(tmp_path: Path, monkeypatch
         assert estimate.uncached == 2
 
 
+@pytest.mark.parametrize("limit", ['"many"', "[1]", "0", "true"])
+def test_a_limit_of_replies_that_cannot_be_is_told_before_anything_is_decoded(tmp_path: Path, limit: str) -> None:
+    options = JudgeOptions(judge_params=f'{{"max_tokens": {limit}}}')
+    with pytest.raises(UserError, match="the parameter max_tokens must be a whole number of at least 1, got "):
+        TaskJudge("chat:wise@http://127.0.0.1:9/v1", tmp_path, options)
+
+
+def test_tasks_share_judges_and_options_are_the_chat_judges(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    """One judge of two tasks is made once; a scorer beside a chat judge takes none of its options."""
+    a, b = tasks_of(bench_sources, "chat:wise@http://127.0.0.1:9/v1")
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, tasks=[a, b, replace(a, name="c")])
+    arena.judge_options = JudgeOptions(judge_rpm=10.0)
+    judges = [arena.judge(task) for task in arena.tasks]
+    assert judges[0] is judges[2] is not judges[1]
+    assert arena.judges == judges[:2]
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, tasks=[b])
+    arena.judge_options = JudgeOptions(judge_rpm=10.0)
+    with pytest.raises(UserError, match="judge_rpm: only for a chat judge, the judge is 'brevity'"):
+        arena.judge(b)
+
+
 def test_a_step_is_shown_while_a_chat_judge_is_asked(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
     """Every comparison of the answers counts; a rerun, which asks nothing, shows none."""
     with serving(Judging()) as server:
@@ -254,6 +278,7 @@ def test_a_step_is_shown_while_a_chat_judge_is_asked(tiny_folder: Path, bench_so
         ({"judge_timeout": 0.0}, "judge_timeout must be a finite number greater than 0, got 0.0"),
         ({"judge_params": "{temperature: 1}"}, "judge_params must be a JSON object"),
         ({"judge_params": "[1]"}, "judge_params must be a JSON object"),
+        ({"judge_params": '{"temperature": NaN}'}, "judge_params must be a JSON object"),
         ({"judge_price_in": 1.0}, "needs both judge_price_in and judge_price_out"),
         ({"judge_price_in": -1.0, "judge_price_out": 1.0}, "must be a finite number of at least 0, got -1.0"),
         ({"judge_rpm": 0.0}, "judge_rpm must be greater than 0, got 0.0"),

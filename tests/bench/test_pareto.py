@@ -14,7 +14,7 @@ from llmdoctor.baselines.merging import reward_soup
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender
 from llmdoctor.bench.options import Task
-from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS, Pareto, ParetoPoint, _volume, make_pareto
+from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS, Pareto, ParetoPoint, _Scored, _told, _volumes, make_pareto
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
@@ -48,6 +48,16 @@ def test_points_of_every_method_and_mixture(made: tuple[Arena, Told, Pareto]) ->
         assert volume["kl"] == max(point["kl"] for point in result["points"] if point["method"] == method)
         assert 0 <= volume["low"] <= volume["high"]
         assert volume["value"] >= 0
+        ours = result["hypervolume"]["llmdoctor"]["value"]
+        assert volume["lead"] == pytest.approx(ours - volume["value"])
+        assert volume["lead_low"] <= volume["lead_high"]
+    # With one strength a method's points of it are all that it has.
+    assert [(one["method"], one["strength"]) for one in result["by_strength"]] == [
+        (method, 1.0) for method in ("llmdoctor", "reward_soup", "mod")
+    ]
+    for one in result["by_strength"]:
+        rest = {name: value for name, value in one.items() if name not in ("method", "strength")}
+        assert rest == result["hypervolume"][one["method"]]
 
 
 def test_the_reference_is_the_patient(made: tuple[Arena, Told, Pareto]) -> None:
@@ -82,13 +92,31 @@ def test_strengths_that_spend_alike() -> None:
         assert spent == (pytest.approx(ours, abs=0.5), pytest.approx(theirs, abs=0.5))
 
 
+def point(*scores: float, kl: float = 1.0) -> _Scored:
+    """The same on five prompts."""
+    return _Scored("any", {}, np.broadcast_to(scores, (5, 1, 2)), kl, 1.0)
+
+
 def test_a_volume_by_hand() -> None:
     """Reference (0, 0); points (2, 1) and (1, 2), on every prompt alike: 2 · 1 + 1 · 2 − 1 · 1 = 3, without spread."""
-    patient = np.zeros((5, 1, 2))
-    scores = np.stack([np.broadcast_to([2.0, 1.0], (5, 1, 2)), np.broadcast_to([1.0, 2.0], (5, 1, 2))])
-    assert _volume(scores, patient) == (3.0, 3.0, 3.0)
+    patient = point(0.0, 0.0)
+    both = [point(2.0, 1.0, kl=3.0), point(1.0, 2.0, kl=7.0)]
+    assert set(_volumes(both, patient)) == {3.0}
     # What is worse than the patient on one count dominates nothing.
-    assert _volume(np.broadcast_to([5.0, -1.0], (1, 5, 1, 2)), patient)[0] == 0
+    assert set(_volumes([point(5.0, -1.0)], patient)) == {0.0}
+    told = _told(both, _volumes(both, patient), _volumes([point(2.0, 2.0)], patient))
+    assert told == {"value": 3, "low": 3, "high": 3, "kl": 7, "lead": 1, "lead_low": 1, "lead_high": 1}
+
+
+def test_a_lead_is_of_the_same_prompts() -> None:
+    """Volumes that swing together with the prompts: the lead of one that is always larger by a half is certain."""
+    spread = np.random.default_rng(1).uniform(1, 3, (200, 1, 1)) * np.ones(2)
+    patient = _Scored("patient", {}, np.zeros((200, 1, 2)), 0.0, 1.0)
+    ours, theirs = (_Scored("any", {}, spread * factor, 1.0, 1.0) for factor in (1.5**0.5, 1.0))
+    told = _told([theirs], _volumes([theirs], patient), _volumes([ours], patient))
+    assert told["low"] < told["value"] < told["high"]
+    assert told["lead"] == pytest.approx(0.5 * told["value"])
+    assert (told["lead_low"], told["lead_high"]) == pytest.approx((0.5 * told["low"], 0.5 * told["high"]))
 
 
 @pytest.mark.parametrize(("method", "kind"), [("llmdoctor", "tfpo"), ("mod", "dpo")])

@@ -200,6 +200,10 @@ def pareto():
             "reward_soup": {"value": 5.60, "low": 5.0, "high": 6.2},
             "mod": {"value": 6.96, "low": 6.3, "high": 7.6},
         },
+        "by_strength": [
+            {"method": "llmdoctor", "strength": 3.0, "value": 7.11, "low": 6.6, "high": 7.7},
+            {"method": "mod", "strength": 1.0, "value": 5.55, "low": 5.1, "high": 6.0},
+        ],
         "prompts": 320,
         "seeds": 3,
     }
@@ -620,6 +624,15 @@ def test_hostile_text_is_only_text(folder):
     for path in write_plots(folder, folder / "plots"):
         assert "<script" not in path.read_text()
         ElementTree.parse(path)
+
+
+def test_hypervolumes_of_a_strength_stand_below_those_of_all(folder):
+    text = rendered(folder).text
+    assert text.index("MOD 6.96") < text.index("LLMdoctor, strength 3 7.11") < text.index("MOD, strength 1 5.55")
+    path = folder / "pareto.json"
+    # Written by an earlier version.
+    path.write_text(json.dumps({key: value for key, value in pareto().items() if key != "by_strength"}))
+    assert "strength 3 7.11" not in rendered(folder).text
 
 
 def test_no_name_beside_a_curve_is_cut_off(folder, tmp_path):

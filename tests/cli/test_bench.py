@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from tests.chat_server import Judging, Say, serving
 from tests.cli.harness import Cli
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from llmdoctor.bench.asking import Asking
+from llmdoctor.cli.bench_judge import AskUser
 from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
+from llmdoctor.evaluation.judge_report import CostEstimate
 
 SMOKE = "This is a smoke run: its figures mean nothing."
 PRINTED_BY_LIBRARIES = (
@@ -116,9 +120,9 @@ def test_a_table_of_ones_own_task(good: Cli, size: tuple[object, ...], own: Path
     ended = good("bench", "table", "-o", tmp_path / "out", "--method", "greedy", *own_task(own), *size)
     assert "smoke" not in ended.out + ended.err
     rows = json.loads((tmp_path / "out/table.json").read_text())
-    assert {(row["task"], row["method"]) for row in rows} == {("own", "patient"), ("own", "greedy")}
-    shown = [line.split()[:3] for line in ended.out.splitlines() if line.startswith("own ")]
-    assert shown == [["own", row["method"], row["at"]] for row in rows]
+    assert {(row["task"], row["method"]) for row in rows} == {("positive", "patient"), ("positive", "greedy")}
+    shown = [line.split()[:3] for line in ended.out.splitlines() if line.startswith("positive ")]
+    assert shown == [["positive", row["method"], row["at"]] for row in rows]
     clamped = any(row["clamped"] for row in rows)
     assert ("the nearest setting stands in" in ended.out) == clamped
     assert json.loads((tmp_path / "out/run.json").read_text())["table.json"]["quick"] is False
@@ -139,20 +143,20 @@ def test_all_but_human_labels_take_ones_own_tasks(
         "--faces",
         "readable",
     )
-    good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "brevity", *size)
+    good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "vader", "--judge", "flesch", *size)
     assert json.loads((output / "pareto.json").read_text())["tasks"] == ["positive", "readable"]
     more = ("--variant", "no_rounds", "--judge", "vader", "--judge", "flesch")
     good("bench", "ablation", "--quick", "-o", output, *pairs, *more, *size)
     rows = json.loads((output / "ablation.json").read_text())
     assert {row["task"] for row in rows} == {"positive", "readable"}
     good("bench", "dynamics", "--quick", "-o", output, *pairs[:4], *size)
-    assert {row["task"] for row in json.loads((output / "dynamics.json").read_text())} == {"own"}
+    assert {row["task"] for row in json.loads((output / "dynamics.json").read_text())} == {"positive"}
     judges = [task["judge"] for task in json.loads((output / "run.json").read_text())["ablation.json"]["tasks"]]
     assert judges == ["vader", "flesch"]
     told = good("bench", "report", "-o", output, "--plots", tmp_path / "plots").out
     plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert f"{len(plots)} charts are in {tmp_path / 'plots'}" in told
-    assert {"pareto.svg", "dynamics-own.svg", "ablation-readable.svg"} <= set(plots)
+    assert {"pareto.svg", "dynamics-positive.svg", "ablation-readable.svg"} <= set(plots)
 
 
 def test_tasks_of_ones_own_that_do_not_match(cli: Cli, own: Path, tmp_path: Path) -> None:
@@ -162,6 +166,18 @@ def test_tasks_of_ones_own_that_do_not_match(cli: Cli, own: Path, tmp_path: Path
     assert "two tasks share a name: positive, positive" in line
     line = refused(cli, "pareto", "-o", tmp_path / "out", *own_task(own))
     assert "a Pareto front needs two tasks, this comparison has 1" in line
+    two = (
+        "--pairs-from",
+        own / "a.jsonl",
+        "--faces",
+        "positive",
+        "--pairs-from",
+        own / "b.jsonl",
+        "--faces",
+        "readable",
+    )
+    line = refused(cli, "pareto", "-o", tmp_path / "out", *two, "--judge", "vader")
+    assert "vader would judge both tasks, and it does not know which is which" in line
 
 
 def test_a_shard_decodes_and_writes_no_results(good: Cli, size: tuple[object, ...], own: Path, tmp_path: Path) -> None:
@@ -400,3 +416,25 @@ def test_an_interrupted_run_says_what_is_kept(
     ended = cli("bench", "table", "-o", tmp_path, "--method", "greedy", *own_task(own), *size)
     assert ended.status == 130
     assert f"Finished answers and models are kept in {tmp_path}; the same command goes on" in ended.err
+
+
+def test_consent_is_to_one_judges_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was agreed to for later covers the next rows of that judge, and nobody else's nor the next task's."""
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: asked.append("?"))
+    told: list[str] = []
+    user = AskUser(SimpleNamespace(progress=SimpleNamespace(say=told.append)), yes=False)  # type: ignore[arg-type]
+
+    def wants(judge: str, new: int, later: int = 0) -> int:
+        user(Asking(judge, CostEstimate(new, new, 10 * new, None, None), later))
+        return len(asked)
+
+    assert wants("chat:cheap", 600, 3000) == 1
+    assert wants("chat:dear", 1500) == 2
+    assert wants("chat:cheap", 2900) == 2
+    assert wants("chat:cheap", 50) == 3
+    assert wants("chat:cheap", 600, 3000) == 4
+    assert wants("chat:cheap", 600, 3000) == 5
+    assert wants("chat:cheap", 3001) == 6
+    assert len(told) == 7

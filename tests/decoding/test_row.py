@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.tiny import fresh_doctor, shaken
+from tests.tiny import CORPUS, fresh_doctor, load, save_tiny, sentencepiece, shaken
 
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
@@ -50,6 +50,37 @@ def test_stops_are_where_the_whole_text_has_them_first(tiny_model: LoadedModel, 
             assert row.completion.text == whole[: min(whole.find(stop) for stop in stops if stop in whole)]
             return
     pytest.fail("a piece of the text is in the text")
+
+
+def test_stops_of_a_tokenizer_that_falls_back_to_bytes(tmp_path: Path) -> None:
+    """A run of bytes that begins inside a character is read as broken as a whole: the few tokens must not begin so."""
+    encoder = GuidedDecoder(load(save_tiny(tmp_path, sentencepiece(CORPUS)))).encoder
+    draw = random.Random(0)
+    stopped = 0
+    for _ in range(200):
+        text = "".join(draw.choices(["你", "好", "。", "the ", "cat", "é", "🙂", ". "], k=draw.randrange(4, 30)))
+        stops = tuple(draw.choices(["。", "好。", "cat", "🙂é", "界"], k=2))
+        ids = encoder.text_ids(text)
+        row = Row(
+            0, Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=999, stop=stops)), [[5]], encoder, 999
+        )
+        for count, token in enumerate(ids, 1):
+            row.append(token, 0.0, 0.0)
+            whole = encoder.decode(ids[:count])
+            assert row.done == any(stop in whole for stop in stops), (text, stops)
+            if row.done:
+                stopped += 1
+                break
+    assert 100 < stopped < 200
+
+
+def test_stops_may_be_any_string(tiny_model: LoadedModel) -> None:
+    """A byte of the command line that is no UTF-8 arrives as half a surrogate pair."""
+    encoder = GuidedDecoder(tiny_model).encoder
+    sampling = SamplingParams(max_new_tokens=9, stop=("\udcff",))
+    row = Row(0, Request.from_text("Hi", sampling=sampling), [[5]], encoder, 99)
+    row.append(40, 0.0, 0.0)
+    assert not row.done
 
 
 def test_stops_are_looked_for_in_a_few_tokens(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

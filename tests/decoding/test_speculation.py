@@ -198,8 +198,14 @@ def test_of_several_models_a_bare_one_with_the_patients_prompt_stands_in(
     plain = replace(ratio, name="plain", system=None)
     # Lanes come in the order of the guides, each guide's reference after all guides.
     for here, expected in (([product], (1, 0)), ([ratio, product], (2, 0)), ([product, plain], (2, 0))):
-        lanes = lanes_of(patient, [beside, *here])[0]
-        assert stand_in(lanes) == expected
+        lanes, _, references = lanes_of(patient, [beside, *here])
+        assert stand_in(lanes, references) == expected
+
+
+@pytest.mark.parametrize("draft", ["doktors", "/runs/draft", 7])
+def test_a_draft_that_is_none_is_refused(patient: LoadedModel, guides: list[Guide], draft: Any) -> None:
+    with pytest.raises(UserError, match='draft must be a model from load_draft, or "doctors", got '):
+        GuidedDecoder(patient, guides[1:], draft=draft)
 
 
 def test_requests_without_doctors_are_answered_without_guesses(patient: LoadedModel, guides: list[Guide]) -> None:

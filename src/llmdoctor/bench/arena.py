@@ -10,7 +10,7 @@ from typing import Any
 
 from llmdoctor.bench.asking import Consent, announce
 from llmdoctor.bench.cells import Answer, Cells
-from llmdoctor.bench.judging import JudgeOptions, TaskJudge
+from llmdoctor.bench.judging import JudgeOptions, TaskJudge, is_chat
 from llmdoctor.bench.kit import Kit, Steps
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Contender, Setting
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
@@ -88,9 +88,12 @@ class Arena:
 
     def judge(self, task: Task) -> TaskJudge:
         """The task's judge."""
-        if task.name not in self._judges:
-            self._judges[task.name] = TaskJudge(task.judge, self.output, self.judge_options)
-        return self._judges[task.name]
+        if task.judge not in self._judges:
+            chats = [each.judge for each in self.tasks if is_chat(each.judge)]
+            # They are the chat judge's; without any, giving them is a mistake that is told.
+            options = self.judge_options if is_chat(task.judge) or not chats else None
+            self._judges[task.judge] = TaskJudge(task.judge, self.output, options)
+        return self._judges[task.judge]
 
     @property
     def judges(self) -> list[TaskJudge]:
@@ -182,7 +185,11 @@ class Arena:
     def write(self, name: str, value: Any, record: Mapping[str, Any] | None = None) -> Path:
         """Write a result file, and into `run.json` what it was made from: `record`, or the tasks' judged answers."""
         if record is None:
-            judges = {task: found for task, judge in self._judges.items() if (found := judge.fingerprint)}
+            judges = {
+                task.name: found
+                for task in self.tasks
+                if task.judge in self._judges and (found := self._judges[task.judge].fingerprint)
+            }
             record = answers_record(self.options, self.tasks, self.prompts)
             record |= {"judge_fingerprints": judges} if judges else {}
         return write_result(self.output, name, value, {**surroundings(self.quick), **record})

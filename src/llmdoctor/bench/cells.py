@@ -87,6 +87,7 @@ class Cells:
         self.prompts = list(prompts)
         self.kits = kits
         self.steps = steps
+        self._told: set[Path] = set()
 
     def get(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> Cell:
         """The cell, decoded now if it is not there yet.
@@ -105,7 +106,15 @@ class Cells:
                     # Recorded, not compared: another precision changes answers no more than another processor does.
                     _write(path, stamp, cell, self.kits[task.name].patient.fingerprint.get("dtype", ""))
             lock.unlink(missing_ok=True)
-        return self._read(path, stamp)
+        cell = self._read(path, stamp)
+        broken = sum(answer.finish == "error" for answer in cell.answers)
+        if broken and path not in self._told:
+            self._told.add(path)
+            self.steps.say(
+                f"{path}: {broken} of {len(cell.answers)} answers end with an error (a model returned NaN, or memory "
+                "did not hold the prompt); they count as far as they go"
+            )
+        return cell
 
     def has(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> bool:
         """Whether the cell is there."""
@@ -158,16 +167,10 @@ class Cells:
         done = built.decoder.generate(requests, on_done=lambda index, completion: self.steps.advance())
         seconds = time.perf_counter() - start
         self.steps.done()
-        broken = sum(completion.finish_reason == "error" for completion in done)
-        if broken == len(done):
+        if all(completion.finish_reason == "error" for completion in done):
             raise UserError(
                 f"{where}seed {seed}: every answer of {name} ends with an error: a model returned NaN, or memory does "
                 "not even hold one prompt"
-            )
-        if broken:
-            self.steps.say(
-                f"{where}seed {seed}: {broken} of {len(done)} answers of {name} end with an error (a model returned "
-                "NaN, or memory did not hold the prompt); they count as far as they go"
             )
         answers = [
             _answer(request, completion, place % built.samples, self._marks(built, place, completion))
@@ -195,15 +198,17 @@ class Cells:
         for reward, answer in zip(rewards, answers, strict=True):
             by_prompt.setdefault(answer.prompt, []).append((reward, answer))
         kept = []
-        for tries in by_prompt.values():
+        for every in by_prompt.values():
+            # As `BestOfN`: one that a model broke off is no answer.
+            tries = [entry for entry in every if entry[1].finish != "error"] or every
             best = max(tries, key=lambda entry: entry[0])[1]
             kept.append(
                 replace(
                     best,
                     sample=0,
                     kl=best_of_n_kl(n),
-                    patient_forwards=sum(answer.patient_forwards for _, answer in tries),
-                    guide_forwards=sum(answer.tokens for _, answer in tries),
+                    patient_forwards=sum(answer.patient_forwards for _, answer in every),
+                    guide_forwards=sum(answer.tokens for _, answer in every),
                 )
             )
         return Cell(kept, seconds)

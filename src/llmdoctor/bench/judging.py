@@ -64,7 +64,7 @@ class JudgeOptions:
     def params(self) -> dict[str, Any]:
         """The parameters of `judge_params`; UserError where it is no JSON object."""
         try:
-            found = json.loads(self.judge_params or "{}")
+            found = json.loads(self.judge_params or "{}", parse_constant=_no_number)
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -94,7 +94,7 @@ class TaskJudge:
         self._chat: ChatJudge | None = None
         options = options or JudgeOptions()
         kind, _, rest = spec.partition(":")
-        if kind != "chat" and (given := _given(options)):
+        if not is_chat(spec) and (given := _given(options)):
             raise UserError(f"{', '.join(given)}: only for a chat judge, the judge is {spec!r}")
         if kind == "chat":
             self._chat = _chat_judge(rest, folder, options)
@@ -180,6 +180,11 @@ class _Finished:
         return finite_rewards(self.name, self.model.score(prompts, texts, complete=True))
 
 
+def is_chat(spec: str) -> bool:
+    """Whether a judge of this name is a chat model."""
+    return spec.startswith("chat:")
+
+
 def finite_rewards(name: str, rewards: Sequence[float]) -> list[float]:
     """The rewards; UserError, naming the reward model, if one is not a finite number."""
     bad = [reward for reward in rewards if not math.isfinite(reward)]
@@ -189,6 +194,10 @@ def finite_rewards(name: str, rewards: Sequence[float]) -> list[float]:
             "weights are broken, or too large for its dtype"
         )
     return list(rewards)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _given(options: JudgeOptions) -> list[str]:

@@ -41,12 +41,25 @@ class ParetoPoint(TypedDict):
 
 
 class Volume(TypedDict):
-    """A hypervolume with its bootstrap interval over prompts, and the most KL, in nats, that a point of it spends."""
+    """A hypervolume with its bootstrap interval over prompts, and the most KL, in nats, that a point of it spends.
+
+    `lead` is by how much LLMdoctor's is larger, with its interval: the same prompts are drawn for both.
+    """
 
     value: float
     low: float
     high: float
     kl: float
+    lead: float
+    lead_low: float
+    lead_high: float
+
+
+class StrengthVolume(Volume):
+    """That of a method's points of one strength; its lead is over those of LLMdoctor's strength of the same place."""
+
+    method: str
+    strength: float
 
 
 class Pareto(TypedDict):
@@ -56,6 +69,7 @@ class Pareto(TypedDict):
     reference: list[float]
     points: list[ParetoPoint]
     hypervolume: dict[str, Volume]
+    by_strength: list[StrengthVolume]
     prompts: int
     seeds: int
 
@@ -79,11 +93,15 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
         strengths: of each method.
 
     Raises:
-        UserError: the comparison has not exactly two tasks.
+        UserError: the comparison has not exactly two tasks, or one judge for both.
         ShardDone: as `Arena.decode`.
     """
     if len(arena.tasks) != 2:
         raise UserError(f"a Pareto front needs two tasks, this comparison has {len(arena.tasks)}")
+    if (judge := arena.tasks[0].judge) == arena.tasks[1].judge:
+        raise UserError(
+            f"{judge} would judge both tasks, and it does not know which is which: a front needs a judge for each"
+        )
     for task in arena.tasks:
         # As in `Arena.decode`.
         arena.judge(task)
@@ -110,6 +128,7 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
         "reference": reference.tolist(),
         "points": [],
         "hypervolume": {},
+        "by_strength": [],
         "prompts": patient.scores.shape[0],
         "seeds": arena.options.seeds,
     }
@@ -127,27 +146,51 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
                     "on_front": place in front,
                 }
             )
-        value, low, high = _volume(np.stack([entry.scores for entry in own]), patient.scores)
-        spent = max(entry.kl for entry in own)
-        result["hypervolume"][method] = {"value": value, "low": low, "high": high, "kl": spent}
+    # LLMdoctor is the first.
+    drawn = {method: [entry for entry in scored if entry.method == method] for method in methods}
+    ours = _volumes(drawn[methods[0]], patient)
+    for method, own in drawn.items():
+        result["hypervolume"][method] = _told(own, _volumes(own, patient), ours)
+    for rank in range(min(map(len, strengths.values()))):
+        at = {
+            method: [e for e in own if e.setting["strength"] == strengths[method][rank]]
+            for method, own in drawn.items()
+        }
+        ours = _volumes(at[methods[0]], patient)
+        for method, own in at.items():
+            told = _told(own, _volumes(own, patient), ours)
+            result["by_strength"].append({"method": method, "strength": strengths[method][rank], **told})
     arena.write("pareto.json", result)
     return result
 
 
-def _volume(scores: Any, patient: Any) -> tuple[float, float, float]:
-    """Value and interval of scores [points, prompts, seeds, 2] and the patient's [prompts, seeds, 2].
+def _volumes(points: Sequence[_Scored], patient: _Scored) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The hypervolume of some points, first of all prompts, then of each resample of them.
 
-    Prompts are drawn for both alike.
+    Prompts are drawn alike for points and patient, and in every call.
     """
+    scores = np.stack([point.scores for point in points])
     rng = np.random.default_rng(0)
     count = scores.shape[1]
 
     def volume(drawn: Any) -> float:
-        return hypervolume(scores[:, drawn].mean((1, 2)).tolist(), patient[drawn].mean((0, 1)).tolist())
+        return hypervolume(scores[:, drawn].mean((1, 2)).tolist(), patient.scores[drawn].mean((0, 1)).tolist())
 
-    values = [volume(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return volume(np.arange(count)), float(low), float(high)
+    return np.array([volume(np.arange(count)), *(volume(rng.integers(count, size=count)) for _ in range(RESAMPLES))])
+
+
+def _told(points: Sequence[_Scored], volumes: Any, ours: Any) -> Volume:
+    leads = ours - volumes
+    (low, high), (lead_low, lead_high) = (np.quantile(values[1:], [0.025, 0.975]) for values in (volumes, leads))
+    return {
+        "value": float(volumes[0]),
+        "low": float(low),
+        "high": float(high),
+        "kl": max(point.kl for point in points),
+        "lead": float(leads[0]),
+        "lead_low": float(lead_low),
+        "lead_high": float(lead_high),
+    }
 
 
 def _scored(arena: Arena, task: Task, contender: Contender, setting: Setting) -> _Scored:

@@ -144,9 +144,7 @@ def _tasks(
             f"{len(pairs)} × --pairs-from, {len(faces)} × --faces and {len(judges)} × --judge; expected as many of "
             "each, or one judge"
         )
-    # A task by itself needs no name to tell it from others.
-    called = faces if len(pairs) > 1 else ["own"]
-    return [Task(*fields) for fields in zip(called, pairs, faces, judges, strict=True)]
+    return [Task(*fields) for fields in zip(faces, pairs, faces, judges, strict=True)]
 
 
 def _known_methods(names: list[str]) -> list[str]:
@@ -258,10 +256,12 @@ def pareto(
         result = make_pareto(arena, {method: values[:most] for method, values in STRENGTHS.items()})
     rows = [{**point, **dict(zip(result["tasks"], point["scores"], strict=True))} for point in result["points"]]
     show_rows(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
-    for name, volume in result["hypervolume"].items():
+    told = [(f"{one['method']} at strength {one['strength']:g}", one) for one in result["by_strength"]]
+    for name, volume in (*result["hypervolume"].items(), *told):
         run.say(
             f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f}), "
-            f"at most {volume['kl']:.1f} nats"
+            f"at most {volume['kl']:.1f} nats; LLMdoctor's is larger by {volume['lead']:.4f} "
+            f"({volume['lead_low']:.4f} … {volume['lead_high']:.4f})"
         )
     show_done(run, output, "pareto.json", quick)
 

@@ -42,7 +42,8 @@ class AskUser:
     def __init__(self, run: Run, yes: bool) -> None:
         self._run = run
         self._yes = yes
-        self._granted = 0
+        # By judge, the later questions that were agreed to.
+        self._granted: dict[str, int] = {}
 
     def __call__(self, asking: Asking) -> None:
         """Return where the questions may be asked.
@@ -53,9 +54,11 @@ class AskUser:
         """
         self._run.progress.say(_told(asking))
         new = asking.estimate.uncached
-        if new <= self._granted:
+        if not new:
+            return
+        granted = self._granted.pop(asking.judge, 0)
+        if not asking.later and new <= granted:
             # They are the later ones of an earlier consent.
-            self._granted -= new
             return
         wanted = new + asking.later
         if not self._yes:
@@ -66,7 +69,7 @@ class AskUser:
                     f"{asking.judge} would be asked up to {wanted:,} questions, and there is no terminal to ask you "
                     f"at; more than {UNASKED:,} need --yes"
                 )
-        self._granted = asking.later
+        self._granted[asking.judge] = asking.later
 
 
 @contextmanager

@@ -104,8 +104,9 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         metavar="FOLDER|doctors",
-        help="What guesses ahead: a draft model from `llmdoctor draft`, or the doctors themselves where they have a "
-        "base of their own. Answers come faster where guesses hold, and are the same (in bfloat16 up to rounding).",
+        help="What guesses ahead: a draft model from `llmdoctor draft`, or the word doctors, which lets the doctors "
+        "do it where they have a base of their own. Answers come faster where guesses hold, and are the same (in "
+        "bfloat16 up to rounding).",
     ),
 ]
 System = Annotated[
@@ -119,7 +120,7 @@ Stop = Annotated[
     ),
 ]  # fmt: skip
 DOCTORS: Final = "doctors"
-"""What `--draft` calls the doctors; a folder of that name is given by its whole path."""
+"""What `--draft` calls the doctors, unless there is a folder of that name."""
 
 SAMPLING = FieldsOf("llmdoctor.decoding.request", "SamplingParams", panel="Sampling", without=("stop",))
 
@@ -136,7 +137,7 @@ def load_drafter(run: Run, folder: Path | None, patient: LoadedModel) -> DraftMo
     """What `--draft` names, if it is given."""
     if folder is None:
         return None
-    if str(folder) == DOCTORS:
+    if str(folder) == DOCTORS and not folder.is_dir():
         return DOCTORS
     run.progress.say(f"loading the draft model {folder}")
     from llmdoctor.models.draft import load_draft

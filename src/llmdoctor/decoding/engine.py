@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class GuidedDecoder:
         self._draft: DraftModel | Voice | None = None
         if draft is not None:
             _check_lanes(self.lanes)
-            self._draft = _checked(draft, self.lanes) if isinstance(draft, DraftModel) else stand_in(self.lanes)
+            self._draft = stand_in(self.lanes, references) if draft == "doctors" else _checked(draft, self.lanes)
         self.pace = Pace(max_guesses)
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
@@ -267,8 +267,10 @@ class GuidedDecoder:
         return found
 
 
-def _checked(draft: DraftModel, lanes: Sequence[LaneSpec]) -> DraftModel:
-    """The draft model; UserError where what it guesses cannot be checked."""
+def _checked(draft: Any, lanes: Sequence[LaneSpec]) -> DraftModel:
+    """The draft model; UserError where it is none, or what it guesses cannot be checked."""
+    if not isinstance(draft, DraftModel):
+        raise UserError(f'draft must be a model from load_draft, or "doctors", got {draft!r:.80}')
     if draft.get_input_embeddings() is not lanes[0].model.get_input_embeddings():
         raise UserError("the draft model was loaded for another patient; load it with load_draft(folder, patient)")
     width = min(int(lane.head.linear.weight.shape[0]) for lane in lanes)

@@ -106,7 +106,7 @@ class Completion:
         drawn_logps: log-probability of each token under what it was drawn from, after warpers, in nats; 0 where greedy.
         patient_forwards: token positions at which the patient was run for this completion, prompt not counted.
         guide_forwards: the same for all other models together, a draft model aside.
-        guessed: tokens that a draft model guessed.
+        guessed: tokens that were guessed ahead.
         guesses_held: of these, those that were the ones drawn.
         unmapped_mass: over the doctors of other vocabularies that have a β here, and their references, the mean
             probability a position of tokens that stand for none of the patient's; None where nothing was translated.

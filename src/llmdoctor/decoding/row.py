@@ -16,6 +16,9 @@ from llmdoctor.errors import UserError
 _SLACK = 8
 """Tokens more than a stop string has bytes: a decoder may treat the first ones otherwise, and a few may be empty."""
 
+_BYTES = 4
+"""Of a character, at most."""
+
 RANKS = 8
 """Candidates after one token that may be guessed."""
 
@@ -107,14 +110,24 @@ class Row:
         stops, ids = self.request.sampling.stop, self.completion.token_ids
         if not stops:
             return None
-        # One that is new ends in the last token, and no token is less than a byte. So it is looked for in a few tokens,
-        # not in the whole answer after every one.
-        newest = self._encoder.decode(ids[-max(len(stop.encode()) for stop in stops) - _SLACK :])
-        if not any(stop in newest for stop in stops):
+        if not self._in_newest(stops, ids):
             return None
         text: str = self._encoder.decode(ids)
         places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
         return text[: min(places)] if places else None
+
+    def _in_newest(self, stops: Sequence[str], ids: list[int]) -> bool:
+        # One that is new ends in the last token, and no token is less than a byte. So it is looked for in a few tokens,
+        # not in the whole answer after every one.
+        most = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + _SLACK
+        for more in range(_BYTES):
+            newest: str = self._encoder.decode(ids[-most - more :])
+            if any(stop in newest for stop in stops):
+                return True
+            # Begun inside a character: some tokenizers then read a whole run of bytes as broken.
+            if not newest.startswith("\ufffd"):
+                break
+        return False
 
     def retract(self, length: int) -> None:
         """Unbook all tokens but the first `length`, and open the row again."""
@@ -194,21 +207,30 @@ def complete(
 
     while waiting:
         batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-        try:
-            for finished in decode(batch):
+        under_way = decode(batch)
+        while True:
+            try:
+                finished = next(under_way, None)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    give_up(batch[0], error, alone=len(rows) == 1)
+                # Those that wait are no shorter, so a single one's failure is no reason to try more together again.
+                size = max(1, len(batch) // 2)
+            else:
+                if finished is None:
+                    break
                 report(finished)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+                continue
+            del under_way
+            let_go(size)
             if len(batch) == 1:
-                give_up(batch[0], error, alone=len(rows) == 1)
-            size = max(1, len(batch) // 2) if len(batch) > 1 else max_batch_size
-        else:
-            continue
-        let_go(size)
-        report(row for row in batch if row.done and not row.reported)
-        again = [row for row in batch if not row.done]
-        for row in again:
-            row.restart()
-        waiting.extendleft(reversed(again))
+                report(batch)
+            # Also those that have ended and were not told yet: what is booked for them may be half done.
+            again = [row for row in batch if not row.reported]
+            for row in again:
+                row.restart()
+            waiting.extendleft(reversed(again))
+            break
     return [row.completion for row in rows]

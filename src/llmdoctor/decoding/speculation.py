@@ -29,17 +29,17 @@ _LATEST = 64
 """Columns that may wait to be read: while nothing is guessed, states would otherwise pile up."""
 
 
-def stand_in(lanes: Sequence[LaneSpec]) -> Voice:
+def stand_in(lanes: Sequence[LaneSpec], references: Sequence[Voice | None]) -> Voice:
     """The voice that is taken for the patient's while it has not read the guesses.
 
-    A reference, which is a bare model, rather than a doctor; one that reads the patient's prompt rather than one with a
+    A reference, which is not steered, rather than a doctor; one that reads the patient's prompt rather than one with a
     system prompt of its own; then the larger model.
 
     Raises:
         UserError: the patient's is the only model.
     """
     found = [
-        ((spec.voices[voice] is None, spec.system is None, weights_read(spec.model)), (lane, voice))
+        (((lane, voice) in references, spec.system is None, weights_read(spec.model)), (lane, voice))
         for lane, spec in enumerate(lanes)
         if lane
         for voice in range(len(spec.voices))

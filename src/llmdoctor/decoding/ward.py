@@ -65,6 +65,7 @@ class Ward:
             for name, *voices in zip(names, mixture.guides, mixture.references, strict=False)
         }
         self.guide_forwards = sum(len(spec.voices) for spec in specs) - 1
+        self._width = min(int(spec.head.linear.weight.shape[0]) for spec in specs)
         self.controls: Controls
         self.clear()
 
@@ -113,6 +114,7 @@ class Ward:
         patient, others = self._lanes[0], self._lanes[1:]
         assert isinstance(patient, Lane)
         ahead: list[list[Tensor]] = [[] for _ in others]
+        whole: list[list[Tensor]] = []
         for level in tree.levels:
             tokens = self.guesses[:, level[0] :]
             parents = [tree.parents[node - 1] if node else -1 for node in level]
@@ -129,9 +131,9 @@ class Ward:
                 self._guess(tree, inner, says)
                 if self._draft is None:
                     # Whole logits, from which tokens will be drawn, too.
-                    said = self._said or [tensor[:, :, :0] for tensor in says]
-                    self._said = [torch.cat(pair, dim=2) for pair in zip(said, says, strict=True)]
+                    whole.append(says)
                     self._asked += inner
+        self._said = [torch.cat(levels, dim=2) for levels in zip(*whole, strict=True)]
         first = patient.grow(self.guesses, [-1, *tree.parents])
         if self._draft is not None:
             self._draft.end()
@@ -149,8 +151,10 @@ class Ward:
         rows = [row for row in self.rows for _ in inner]
         said = [len(row.completion.token_ids) + depth for row in rows]
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner]).at(said)
-        logits = [tensor.flatten(1, 2).to(expected.device) for tensor in (expected, *says)]
-        vocabulary = self._vocabulary.to(expected.device)
+        # A stand-in may be on another device than the patient, where the controls are.
+        device = controls.alpha.device
+        logits = [tensor.flatten(1, 2).to(device) for tensor in (expected, *says)]
+        vocabulary = self._vocabulary.to(device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
         keys = [row.key(place) for row, place in zip(rows, said, strict=True)]
@@ -180,13 +184,13 @@ class Ward:
         """[W] the tokens that may be guessed."""
         if self._model is not None:
             return self._model.vocabulary
-        return torch.arange(min(int(spec.head.linear.weight.shape[0]) for spec in self._specs))
+        return torch.arange(self._width)
 
     def _guessable(self, spec: LaneSpec, states: Tensor) -> Tensor:
         """States [M, B, n, D] of a lane -> its logits [M, B, n, W] of the tokens that may be guessed."""
         if self._model is not None:
             return self._model.cut(spec.head).logits(states)
-        return spec.head.logits(states.contiguous())[..., : len(self._vocabulary)]
+        return spec.head.logits(states.contiguous())[..., : self._width]
 
     def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
         """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""

@@ -57,6 +57,10 @@ class ChatEndpoint:
         reserved = sorted({"model", "messages", "stream", "n"} & self.params.keys())
         if reserved:
             raise UserError(f"params must not set {', '.join(reserved)}: the judge does")
+        for name in ("max_tokens", "max_completion_tokens"):
+            limit = self.params.get(name)
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise UserError(f"the parameter {name} must be a whole number of at least 1, got {limit!r}")
         for name in ("timeout_s", "longest_wait_s", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -92,6 +92,9 @@ def _volumes(results: BenchResults) -> Iterator[Picture]:
         _interval_row(name, volume["value"], volume["low"], volume["high"], max(0, digits))
         for name, volume in found["hypervolume"].items()
     ]
+    for volume in found.get("by_strength", []):
+        name, bars = _interval_row(volume["method"], volume["value"], volume["low"], volume["high"], max(0, digits))
+        rows.append((f"{name}, strength {volume['strength']:g}", bars))
     reference = ", ".join(plain(score, 3) for score in found["reference"])
     note = f"Area that a method's points cover above the patient alone ({reference}). Larger is better."
     chart = intervals(rows, f"{' × '.join(found['tasks'])}, in units of the scores", "Hypervolume by method")
