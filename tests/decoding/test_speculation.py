@@ -185,19 +185,18 @@ def test_doctors_whose_reference_is_the_patient_always_guess_right(
     always(monkeypatch, TREES[1])
     decoder = GuidedDecoder(patient, [guide], draft="doctors")
     decoder.encoder.stop_ids = frozenset()
-    sampling = SamplingParams(max_new_tokens=26, seed=3, repetition_penalty=1.2, top_k=30)
+    sampling = SamplingParams(max_new_tokens=26, seed=3, top_k=30)
     done = decoder.generate([Request.from_text("Hi", betas={"it": 1.5}, sampling=sampling)])[0]
     # The first token comes from the prompt; five passes give five tokens each.
     assert (done.guessed, done.guesses_held) == (20, 20)
 
 
-def test_of_several_models_a_bare_one_with_the_patients_prompt_stands_in(
-    patient: LoadedModel, guides: list[Guide]
-) -> None:
+def test_of_several_models_a_reference_stands_in(patient: LoadedModel, guides: list[Guide]) -> None:
+    """Doctors with weights of their own are bare models, too, but what they say is steered."""
     beside, product, ratio = guides
     plain = replace(ratio, name="plain", system=None)
     # Lanes come in the order of the guides, each guide's reference after all guides.
-    for here, expected in (([product], (1, 0)), ([ratio, product], (2, 0)), ([product, plain], (2, 0))):
+    for here, expected in (([product], (1, 0)), ([ratio, product], (3, 0)), ([product, plain], (2, 0))):
         lanes, _, references = lanes_of(patient, [beside, *here])
         assert stand_in(lanes, references) == expected
 
