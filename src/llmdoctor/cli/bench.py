@@ -258,10 +258,15 @@ def pareto(
     show_rows(run, rows, ("method", "setting", "on_front"), (*result["tasks"], "kl", "distinct_4"))
     told = [(f"{one['method']} at strength {one['strength']:g}", one) for one in result["by_strength"]]
     for name, volume in (*result["hypervolume"].items(), *told):
+        lead = (
+            ""
+            if name.startswith("llmdoctor")
+            else f"; LLMdoctor's is larger by {volume['lead']:.4f} "
+            f"({volume['lead_low']:.4f} … {volume['lead_high']:.4f})"
+        )
         run.say(
             f"hypervolume of {name}: {volume['value']:.4f} ({volume['low']:.4f} … {volume['high']:.4f}), "
-            f"at most {volume['kl']:.1f} nats; LLMdoctor's is larger by {volume['lead']:.4f} "
-            f"({volume['lead_low']:.4f} … {volume['lead_high']:.4f})"
+            f"at most {volume['kl']:.1f} nats{lead}"
         )
     show_done(run, output, "pareto.json", quick)
 
