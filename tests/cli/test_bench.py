@@ -70,6 +70,14 @@ def own_task(own: Path, judge: str = "vader") -> tuple[object, ...]:
     return ("--pairs-from", own / "a.jsonl", "--faces", "positive", "--judge", judge)
 
 
+def two_tasks(own: Path) -> tuple[object, ...]:
+    """Without a judge."""
+    return (
+        *("--pairs-from", own / "a.jsonl", "--faces", "positive"),
+        *("--pairs-from", own / "b.jsonl", "--faces", "readable"),
+    )
+
+
 def refused(cli: Cli, *arguments: object) -> str:
     """The one line that a command is refused with."""
     ended = cli("bench", *arguments)
@@ -133,16 +141,7 @@ def test_all_but_human_labels_take_ones_own_tasks(
 ) -> None:
     """Two are called after their faces; dynamics, which judge nothing, want no judge."""
     output = tmp_path / "out"
-    pairs = (
-        "--pairs-from",
-        own / "a.jsonl",
-        "--faces",
-        "positive",
-        "--pairs-from",
-        own / "b.jsonl",
-        "--faces",
-        "readable",
-    )
+    pairs = two_tasks(own)
     good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "vader", "--judge", "flesch", *size)
     assert json.loads((output / "pareto.json").read_text())["tasks"] == ["positive", "readable"]
     more = ("--variant", "no_rounds", "--judge", "vader", "--judge", "flesch")
@@ -166,17 +165,7 @@ def test_tasks_of_ones_own_that_do_not_match(cli: Cli, own: Path, tmp_path: Path
     assert "two tasks share a name: positive, positive" in line
     line = refused(cli, "pareto", "-o", tmp_path / "out", *own_task(own))
     assert "a Pareto front needs two tasks, this comparison has 1" in line
-    two = (
-        "--pairs-from",
-        own / "a.jsonl",
-        "--faces",
-        "positive",
-        "--pairs-from",
-        own / "b.jsonl",
-        "--faces",
-        "readable",
-    )
-    line = refused(cli, "pareto", "-o", tmp_path / "out", *two, "--judge", "vader")
+    line = refused(cli, "pareto", "-o", tmp_path / "out", *two_tasks(own), "--judge", "vader")
     assert "vader would judge both tasks, and it does not know which is which" in line
 
 
