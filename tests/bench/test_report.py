@@ -456,6 +456,12 @@ def test_the_table_shows_every_outcome_with_the_worst_first(folder):
     assert "398 won, 52 tied, 510 lost" in titles
 
 
+def test_a_method_with_fewer_seeds_says_so(folder):
+    assert "seeds so far" not in rendered(folder).text
+    rewrite(folder, "table", lambda rows: [{**row, "seeds": 1} if row["method"] == "dpo" else row for row in rows])
+    assert len(re.findall("1 of 3 seeds so far", rendered(folder).text)) == 2
+
+
 def test_costs_are_ranges_and_say_whose_they_are(folder):
     """Best-of-n passes the patient 2 to 8 times a token, at n = 2, 4, 8."""
     text = rendered(folder).text

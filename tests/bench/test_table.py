@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from tests.bench.tools import PROMPTS, SEEDS, arena_of, tasks_of
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender, Setting
-from llmdoctor.bench.options import Task
+from llmdoctor.bench.options import Shard, Task
 from llmdoctor.bench.points import Figures, Point
-from llmdoctor.bench.table import Chosen, Elo, Match, Row, _all_outcomes, at_kl, best_point, make_table
+from llmdoctor.bench.table import Chosen, Elo, Match, Row, _all_outcomes, at_kl, best_point, make_frontier, make_table
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.diversity import self_bleu
 from llmdoctor.evaluation.metrics import distinct_n
@@ -334,6 +335,60 @@ def test_some_methods_only(tiny_folder: Path, bench_sources: Path, tmp_path: Pat
         (task, *rest) for task in "ab" for rest in ((PATIENT, "best"), ("greedy", "best"), ("greedy", "equal_kl"))
     ]
     assert [step for step in told.started if "greedy" in step] == ["seed 0: greedy"]
+
+
+@pytest.fixture
+def unfinished(compared: Arena, tmp_path: Path) -> Path:
+    """The comparison's folder with one setting of GenARM's second seed and of CARDS's first not yet there."""
+    folder = Path(shutil.copytree(compared.output, tmp_path / "out"))
+    for name in ("genarm/beta=1-seed1", "cards/temperature=0.7-seed0"):
+        (folder / "raw" / "a" / f"{name}.jsonl.gz").unlink()
+    return folder
+
+
+def test_results_so_far(
+    rows: list[Row], unfinished: Path, compared: Arena, tiny_folder: Path, bench_sources: Path
+) -> None:
+    """Nothing is decoded; who has one seed of two meets the others on that one, who has none is left out."""
+    arena, told = arena_of(tiny_folder, bench_sources, unfinished, so_far=True)
+    found = make_table(arena)
+    frontier = make_frontier(arena)
+    assert not told.started
+    assert any("left out" in line and line.endswith(": cards") for line in told.said)
+
+    def others(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row["method"] not in ("genarm", "cards")]
+
+    assert others(found) == others(rows)
+    genarm = [row for row in found if row["method"] == "genarm"]
+    assert [(row["at"], row["seeds"], row["prompts"]) for row in genarm] == [
+        ("best", 1, PROMPTS),
+        ("equal_kl", 1, PROMPTS),
+    ]
+    alone, _ = arena_of(tiny_folder, bench_sources, unfinished, seeds=1)
+    doctor, method = (
+        best_point(one, one.tasks[0], CONTENDERS[name]) for one, name in ((arena, DOCTOR), (alone, "genarm"))
+    )
+    outcomes = alone.outcomes(arena.tasks[0], doctor.only(doctor.texts, 1).texts, method.texts)
+    assert genarm[0]["win_plus_half_tie"] == pytest.approx(100 * sum(map(sum, outcomes.values())) / PROMPTS)
+    assert genarm[0]["score"] == method.score
+    assert {row["seeds"] for row in frontier if row["method"] == "genarm"} == {1}
+    matches = json.loads((unfinished / "pairs.json").read_text())
+    assert not [row for row in matches if "cards" in (row["first"], row["second"])]
+
+
+def test_so_far_needs_llmdoctors_own_answers(unfinished: Path, tiny_folder: Path, bench_sources: Path) -> None:
+    for path in (unfinished / "raw" / "a" / DOCTOR).glob("*-seed0.jsonl.gz"):
+        path.unlink()
+    arena, told = arena_of(tiny_folder, bench_sources, unfinished, so_far=True)
+    with pytest.raises(UserError, match="a: LLMdoctor and the patient have not answered at all their settings"):
+        make_table(arena)
+    assert not told.started
+
+
+def test_so_far_makes_no_shard(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--so-far makes results of what is there, --shard makes answers"):
+        arena_of(tiny_folder, bench_sources, tmp_path, so_far=True, shard=Shard(1, 2))
 
 
 def test_tasks_need_names_of_their_own(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:

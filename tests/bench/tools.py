@@ -82,12 +82,13 @@ def arena_of(
     *,
     tasks: Sequence[Task] = (),
     shard: Shard | None = None,
+    so_far: bool = False,
     **changes: Any,
 ) -> tuple[Arena, Told]:
     """An arena on the tiny model with the first task or those given."""
     told = Told()
     options = options_of(tiny_folder, folder, **changes)
-    return Arena(output, options, told, tasks or tasks_of(folder)[:1], shard=shard), told
+    return Arena(output, options, told, tasks or tasks_of(folder)[:1], shard=shard, so_far=so_far), told
 
 
 @contextmanager

@@ -47,9 +47,11 @@ class Arena:
         judge_options: how a chat judge is asked.
         consent: told of the questions of a table or frontier before a chat judge is asked them.
         shard: train and decode only this part, then raise `ShardDone`; all of it if None.
+        so_far: train and decode nothing; a method takes part with the seeds at which all its answers are there.
 
     Raises:
-        UserError: no prompts, two tasks of one name, or a `run.json` in `output` that cannot be read.
+        UserError: no prompts, two tasks of one name, a `run.json` in `output` that cannot be read, or `so_far` with a
+            shard.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class Arena:
         judge_options: JudgeOptions | None = None,
         consent: Consent | None = None,
         shard: Shard | None = None,
+        so_far: bool = False,
     ) -> None:
+        if so_far and shard:
+            raise UserError("--so-far makes results of what is there, --shard makes answers; give one of them")
         read_records(output)
         self.output = output
         self.options = options
@@ -72,6 +77,7 @@ class Arena:
         self.judge_options = judge_options or JudgeOptions()
         self.consent = consent
         self.shard = shard
+        self.so_far = so_far
         self.tasks = tuple(tasks) or CONTROLLED_TASKS
         if len({task.name for task in self.tasks}) != len(self.tasks):
             raise UserError(f"two tasks share a name: {', '.join(task.name for task in self.tasks)}")
@@ -103,7 +109,8 @@ class Arena:
     def decode(self, contenders: Sequence[Contender], tasks: Sequence[Task] = ()) -> None:
         """Make all answers of these methods that are not there yet, one seed and task after the other.
 
-        In this order a run that is cut leaves whole seeds rather than a part of each.
+        In this order a run that is cut leaves whole seeds rather than a part of each. Makes none where only what is
+        there counts.
 
         Raises:
             ShardDone: this arena's shard of them is made.
@@ -112,6 +119,8 @@ class Arena:
         for task in tasks:
             # One that cannot be used is told now, not after hours of decoding.
             self.judge(task)
+        if self.so_far:
+            return
         for seed, task in self.units(tasks):
             for contender in contenders:
                 if contender.any_task and self.shard and task is not tasks[0]:
@@ -121,6 +130,22 @@ class Arena:
                     self.cells.get(task, contender, setting, seed)
             self.kits[task.name].forget()
         self.end_shard()
+
+    def seeds_of(self, task: Task, contender: Contender) -> int:
+        """Seeds, from the first on, with which the method takes part: all, or those at which its answers are there.
+
+        Never more than the patient, which scores and gates are measured against.
+        """
+        if not self.so_far:
+            return self.options.seeds
+        return min(self._seeds_there(task, one) for one in (contender, CONTENDERS[PATIENT]))
+
+    def part_taking(self, task: Task, contenders: Sequence[Contender]) -> list[Contender]:
+        """Those with a seed at least; says who is left out."""
+        found = [contender for contender in contenders if self.seeds_of(task, contender)]
+        if missing := [contender.name for contender in contenders if contender not in found]:
+            self.steps.say(f"{task.name}: left out, because not all answers of a seed are there: {', '.join(missing)}")
+        return found
 
     def units(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
         """Seeds and tasks whose models and answers are for this arena to make: all, or those of its shard."""
@@ -221,7 +246,7 @@ class Arena:
         """By prompt, one a seed, and the seconds that decoding them took."""
         answers: dict[str, list[Answer]] = {}
         seconds = 0.0
-        for seed in self.seeds:
+        for seed in range(self.seeds_of(task, contender)):
             cell = self.cells.get(task, contender, setting, seed)
             # Of the patient's many answers its own is the first.
             first = cell.sample(0)
@@ -231,11 +256,14 @@ class Arena:
         return answers, seconds
 
     def _patient_texts(self, task: Task) -> dict[str, list[str]]:
-        texts: dict[str, list[str]] = {}
-        for seed in self.seeds:
-            for answer in self.cells.get(task, CONTENDERS[PATIENT], {}, seed).sample(0):
-                texts.setdefault(answer.prompt, []).append(answer.text)
-        return texts
+        return _texts(self._answers(task, CONTENDERS[PATIENT], {})[0])
+
+    def _seeds_there(self, task: Task, contender: Contender) -> int:
+        """At how many seeds, from the first on, the cells of all settings are files."""
+        whole = (
+            all(self.cells.has(task, contender, setting, seed) for setting in contender.settings) for seed in self.seeds
+        )
+        return sum(1 for _ in itertools.takewhile(bool, whole))
 
 
 def _texts(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[str]]:

@@ -94,14 +94,12 @@ class Point:
         flat = [answer for row in self.answers.values() for answer in row]
         return math.exp(-sum(answer.patient_logp for answer in flat) / max(1, sum(answer.tokens for answer in flat)))
 
-    def only(self, prompts: Sequence[str]) -> Point:
-        """The same for some of the prompts."""
-        return Point(
-            self.task, self.contender, self.setting,
-            {prompt: self.answers[prompt] for prompt in prompts},
-            {prompt: self.scores[prompt] for prompt in prompts},
-            self.seconds * len(prompts) / len(self.answers),
-        )  # fmt: skip
+    def only(self, prompts: Sequence[str], seeds: int | None = None) -> Point:
+        """The same for some of the prompts, and the first so many seeds."""
+        answers = {prompt: self.answers[prompt][:seeds] for prompt in prompts}
+        scores = {prompt: self.scores[prompt][:seeds] for prompt in prompts}
+        share = sum(map(len, answers.values())) / sum(map(len, self.answers.values()))
+        return Point(self.task, self.contender, self.setting, answers, scores, self.seconds * share)
 
     def figures(self, embedder: Embedder | None = None) -> Figures:
         """All that a frontier plots; the embedder, if any, measures how far apart the answers to a prompt are."""

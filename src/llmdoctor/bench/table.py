@@ -11,6 +11,7 @@ from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Figures, Point
+from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.evaluation.embedders import Embedder
 from llmdoctor.evaluation.equal_kl import equal_kl_mixture
@@ -85,24 +86,24 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
         arena: where.
         names: methods; all if empty. LLMdoctor and the patient always take part.
     """
-    chosen = [name for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
-    arena.decode([CONTENDERS[name] for name in chosen])
     rows: list[Row] = []
     pairs: list[Match] = []
     ratings: list[Elo] = []
-    for task in arena.tasks:
-        arena.announce_scores(task, [CONTENDERS[name] for name in chosen], _most_questions(arena, chosen))
-        best = {name: best_point(arena, task, CONTENDERS[name]) for name in chosen}
-        matches: list[tuple[str, str, Chosen]] = []
+    for task, contenders in _part_taking(arena, names):
+        chosen = [contender.name for contender in contenders]
+        arena.announce_scores(task, contenders, _most_questions(arena, chosen))
+        best = {contender.name: best_point(arena, task, contender) for contender in contenders}
+        matches: list[tuple[str, str, Chosen, Chosen]] = []
         for name in chosen:
             if name == DOCTOR:
                 continue
-            # A method that answers few prompts is compared on those.
-            matches.append((name, "best", best[DOCTOR].only(best[name].texts)))
+            # A method that answers few prompts, or has few seeds so far, is compared on those.
+            method, doctor = _shared(best[name], best[DOCTOR])
+            matches.append((name, "best", method, doctor))
             if name != PATIENT:
-                matches.append((name, "equal_kl", at_kl(arena, task, best[name])))
-        arena.announce(task, [(doctor.texts, best[name].texts) for name, _, doctor in matches])
-        rows.extend(_row(arena, task, name, at, best[name], doctor) for name, at, doctor in matches)
+                matches.append((name, "equal_kl", method, at_kl(arena, task, method)))
+        arena.announce(task, [(doctor.texts, method.texts) for _, _, method, doctor in matches])
+        rows.extend(_row(arena, task, name, at, method, doctor) for name, at, method, doctor in matches)
         outcomes = _all_outcomes(arena, task, best)
         pairs.extend(_match(task, *names, of_prompts) for names, of_prompts in outcomes.items())
         ratings.extend(_ratings(task, outcomes))
@@ -114,14 +115,27 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
 
 def make_frontier(arena: Arena, names: Sequence[str] = (), embedder: Embedder | None = None) -> list[Figures]:
     """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows."""
-    chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
-    arena.decode(chosen)
-    for task in arena.tasks:
-        arena.announce_scores(task, chosen)
-    points = [point for task in arena.tasks for contender in chosen for point in arena.points(task, contender)]
+    part_taking = _part_taking(arena, names)
+    for task, contenders in part_taking:
+        arena.announce_scores(task, contenders)
+    points = [point for task, contenders in part_taking for one in contenders for point in arena.points(task, one)]
     rows = [point.figures(embedder) for point in points]
     arena.write("frontier.json", rows)
     return rows
+
+
+def _part_taking(arena: Arena, names: Sequence[str]) -> list[tuple[Task, list[Contender]]]:
+    """Decode what is missing; each task with the methods of these names (all if empty) that take part in it."""
+    chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
+    arena.decode(chosen)
+    found = [(task, arena.part_taking(task, chosen)) for task in arena.tasks]
+    for task, contenders in found:
+        if CONTENDERS[DOCTOR] not in contenders:
+            raise UserError(
+                f"{task.name}: LLMdoctor and the patient have not answered at all their settings with any seed yet; "
+                "run without --so-far first"
+            )
+    return found
 
 
 class Chosen:
@@ -155,15 +169,20 @@ class Chosen:
     @property
     def distinct_4(self) -> float:
         """As a `Point`'s, over all prompts: the figure of a half stands higher than that of the whole."""
-        seeds = range(len(next(iter(self.texts.values()))))
-        return sum(distinct_n([row[seed] for row in self.texts.values()], 4) for seed in seeds) / len(seeds)
+        by_seed = zip(*self.texts.values(), strict=True)
+        return sum(distinct_n(texts, 4) for texts in by_seed) / self.seeds
 
-    def only(self, prompts: Collection[str]) -> Chosen:
-        """The same for some of the prompts."""
+    @property
+    def seeds(self) -> int:
+        """How many repetitions."""
+        return len(next(iter(self.texts.values())))
+
+    def only(self, prompts: Collection[str], seeds: int | None = None) -> Chosen:
+        """The same for some of the prompts, and the first so many seeds."""
         part = copy.copy(self)
-        part.texts = {prompt: self.texts[prompt] for prompt in prompts}
-        part.scores = {prompt: self.scores[prompt] for prompt in prompts}
-        part.kls = {prompt: self.kls[prompt] for prompt in prompts}
+        part.texts = {prompt: self.texts[prompt][:seeds] for prompt in prompts}
+        part.scores = {prompt: self.scores[prompt][:seeds] for prompt in prompts}
+        part.kls = {prompt: self.kls[prompt][:seeds] for prompt in prompts}
         return part
 
     @property
@@ -200,10 +219,9 @@ def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
 def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
     """A method, given at several settings in the order of its knob, at the KL that the opponent spends.
 
-    The opponent has answered some or all of its prompts.
+    The opponent has answered some or all of its prompts, with as many seeds or fewer.
     """
-    prompts = list(opponent.scores)
-    parts = [point.only(prompts) for point in points]
+    parts = [point.only(list(opponent.scores), opponent.seeds) for point in points]
     mixture = equal_kl_mixture(opponent.kl, [(part.kls, part) for part in parts])
     low, high = mixture.low, mixture.high
     chosen = Chosen([low, high], clamped=mixture.clamped)
@@ -240,7 +258,7 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "distinct_4": method.distinct_4,
         "kl": method.kl,
         "tokens_per_second": sum(answer.tokens for answer in flat) / sum(point.seconds for point in method.points),
-        "seeds": arena.options.seeds,
+        "seeds": method.seeds,
         "settings": method.settings,
         "doctor_settings": doctor.settings,
         "doctor_score": doctor.score,
@@ -269,13 +287,15 @@ def _all_outcomes(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> Outco
         # Where every match costs money, those that were asked for the scores and rows link all methods.
         if arena.judge(task).only_compares and not {one, other} & {PATIENT, DOCTOR}:
             continue
-        shared = [prompt for prompt in best[one].texts if prompt in best[other].texts]
-        outcomes[one, other] = arena.outcomes(
-            task,
-            {prompt: best[one].texts[prompt] for prompt in shared},
-            {prompt: best[other].texts[prompt] for prompt in shared},
-        )
+        outcomes[one, other] = arena.outcomes(task, *(chosen.texts for chosen in _shared(best[one], best[other])))
     return outcomes
+
+
+def _shared(one: Chosen, other: Chosen) -> tuple[Chosen, Chosen]:
+    """Both, for the prompts and seeds that both have."""
+    prompts = [prompt for prompt in one.texts if prompt in other.texts]
+    seeds = min(one.seeds, other.seeds)
+    return one.only(prompts, seeds), other.only(prompts, seeds)
 
 
 def _match(task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]]) -> Match:

@@ -59,6 +59,13 @@ _Shard = Annotated[
         "results: for N processes, GPUs or machines on one folder. Then run without it.",
     ),
 ]  # fmt: skip
+_SoFar = Annotated[
+    bool,
+    typer.Option(
+        "--so-far", help="Results of what is there: train and decode nothing. A method takes part with the seeds at "
+        "which all its answers are there; its row says how many.",
+    ),
+]  # fmt: skip
 _Embedder = Annotated[
     str | None,
     typer.Option(
@@ -85,6 +92,7 @@ def _arena(
     chat: dict[str, Any] | None = None,
     yes: bool = False,
     shard: str | None = None,
+    so_far: bool = False,
 ) -> Iterator[Arena]:
     """What the options ask for; inside the block the libraries that train are quiet."""
     from llmdoctor.bench.judging import JudgeOptions
@@ -100,7 +108,7 @@ def _arena(
         run.progress.say("This is a smoke run: its figures mean nothing.")
     arena = Arena(
         output, options.quick() if quick else options, run.progress, tasks, quick=quick, judge_options=judge_options,
-        consent=AskUser(run, yes), shard=part,
+        consent=AskUser(run, yes), shard=part, so_far=so_far,
     )  # fmt: skip
     try:
         with reported(run, lambda: arena.judges), quiet_training(run.verbose):
@@ -165,6 +173,7 @@ def table(
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
     shard: _Shard = None,
+    so_far: _SoFar = False,
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
     judge: _Judge = [],  # noqa: B006
@@ -179,7 +188,7 @@ def table(
     from llmdoctor.bench.table import make_table
 
     names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
-    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
+    with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
         rows = make_table(arena, names)
     shown = Table(box=None, pad_edge=False)
     words, figures = ("task", "against", "at"), ("win/tie/loss", "win + ½ tie", "95 %", "score")
@@ -206,6 +215,7 @@ def frontier(
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
     shard: _Shard = None,
+    so_far: _SoFar = False,
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
     judge: _Judge = [],  # noqa: B006
@@ -223,7 +233,7 @@ def frontier(
 
     names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
     embed = get_embedder(embedder) if embedder else None
-    with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
+    with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
         rows = make_frontier(arena, names, embed)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     show_rows(run, rows, ("task", "method", "setting"), figures)

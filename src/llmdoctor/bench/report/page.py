@@ -89,6 +89,7 @@ class _Table:
         self.lines = hardest_first(rows)
         self.rows = [row for line in self.lines for row in line.values()]
         self.prompts = max(row["prompts"] for row in rows)
+        self.seeds = max(row["seeds"] for row in rows)
         self.clamped = any(row["clamped"] for row in rows)
         self.broken = not all(row["keeps_text"] for row in rows)
 
