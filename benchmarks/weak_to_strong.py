@@ -1,7 +1,7 @@
 """Does a doctor much smaller than the patient steer it as well as training the patient itself would?
 
     python -m benchmarks.weak_to_strong --base FOLDER --work FOLDER [--task sentiment] [--seeds 3]
-        [--weak llmdoctor_onset,llmdoctor_pairs,dpo] [--strong dpo,genarm] [--shard I/N]
+        [--weak llmdoctor_onset,llmdoctor_alpha,llmdoctor_pairs,dpo] [--strong dpo,genarm] [--shard I/N]
         [--output benchmarks/results/weak_to_strong.json] [--quick]
 
 `--base` is a model that `llmdoctor shrink` made from the patient. On the arena's pairs and prompts (see docs/arena.md),
@@ -46,7 +46,7 @@ def at(name: str, *betas: float) -> Contender:
 
 
 WEAK_DOCTOR = at(DOCTOR, 1, 2, 3, 4)
-WEAK = (at("llmdoctor_onset", 2, 4), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
+WEAK = (at("llmdoctor_onset", 2, 4), at("llmdoctor_alpha", 2), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
 STRONG = (at("dpo", 0.5, 1), at("genarm", 0.5, 1))
 
 

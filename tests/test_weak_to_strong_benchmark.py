@@ -60,7 +60,7 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
         ("strong", "patient", None), ("strong", "dpo", 0.5), ("strong", "dpo", 1.0),
         ("strong", "genarm", 0.5), ("strong", "genarm", 1.0),
         ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0), ("weak", "llmdoctor", 4.0),
-        ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0),
+        ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0), *[("weak", "llmdoctor_alpha", 2.0)] * 3,
         ("weak", "llmdoctor_pairs", 1.0), ("weak", "llmdoctor_pairs", 2.0), ("weak", "dpo", 0.5), ("weak", "dpo", 1.0),
     ]  # fmt: skip
     for pair, row in zip(found["comparisons"], rows[1:5], strict=True):

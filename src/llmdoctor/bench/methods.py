@@ -168,6 +168,8 @@ CONTENDERS: Mapping[str, Contender] = {
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",)),
         Contender("llmdoctor_onset", "LLMdoctor, β growing over 4 tokens", "this project",
                   _grid("beta", 1, 2, 3, 4, onset=4.0), guided("tfpo", "ratio"), trained=("tfpo",)),
+        Contender("llmdoctor_alpha", "LLMdoctor at β = 2, α from ¾ to 1½", "this project",
+                  _grid("alpha", 0.75, 1.25, 1.5, beta=2.0), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),

@@ -83,6 +83,7 @@ _DRAWN: Mapping[str, Look] = {
     DOCTOR: Look("LLMdoctor", "", "", "teal", "circle", strong=True),
     "llmdoctor_pairs": Look("LLMdoctor, pairs", "", "", "teal", "up", hollow=True, dash="dotted"),
     "llmdoctor_onset": Look("LLMdoctor, growing β", "", "", "teal", "diamond", hollow=True, dash="dashed"),
+    "llmdoctor_alpha": Look("LLMdoctor, other α", "", "", "teal", "square", hollow=True, dash="dashed"),
     "llmdoctor_product": Look("LLMdoctor, product", "", "", "teal", "circle", hollow=True, dash="dashed"),
     "llmdoctor_best": Look("LLMdoctor, best of 4", "", "", "teal", "hexagon", dash="dashed"),
     "patient": Look("patient", "", "", "ink", "circle", hollow=True),
