@@ -129,6 +129,11 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
         ("human", sources[0], "harmless")
     ]
     assert not {"prompts", "prompts_hash"} & set(record), "nobody answers a prompt"
+    assert make_human(arena, *sources, "harmless", 8, ["dpo"]) == [
+        row for row in rows if row["method"] in (DOCTOR, "dpo", READOUT)
+    ]
+    with pytest.raises(UserError, match="no guide compared here is named args; there is llmdoctor,"):
+        make_human(arena, *sources, "harmless", 8, ["args"])
     other: dict[str, Any] = {"train": str(bench_sources / "a.jsonl"), "validation": sources[1]}
     with pytest.raises(FingerprintMismatch):
         make_human(arena, **other, faces="harmless", validation_count=8)

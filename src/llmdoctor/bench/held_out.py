@@ -10,6 +10,7 @@ import numpy as np
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import READOUT, Kit
+from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
@@ -17,12 +18,12 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
-GUIDES = {"llmdoctor": "tfpo", "llmdoctor_pairs": "no_rounds", "genarm": "genarm", "dpo": "dpo"}
+GUIDES = {DOCTOR: "tfpo", DOCTOR_OF_PAIRS: "no_rounds", "genarm": "genarm", "dpo": "dpo"}
 
 
 def guides_of(options: BenchOptions) -> dict[str, str]:
     """The guides compared, by name, and what `Kit.trained` calls them; without rounds LLMdoctor's two are one."""
-    return {name: kind for name, kind in GUIDES.items() if options.rounds or name != "llmdoctor_pairs"}
+    return {name: kind for name, kind in GUIDES.items() if options.rounds or name != DOCTOR_OF_PAIRS}
 
 
 class DynamicsRow(TypedDict):
@@ -92,7 +93,9 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
     return rows
 
 
-def make_human(arena: Arena, train: str, validation: str, faces: str, validation_count: int | None) -> list[HumanRow]:
+def make_human(
+    arena: Arena, train: str, validation: str, faces: str, validation_count: int | None, names: Sequence[str] = ()
+) -> list[HumanRow]:
     """Train guides on human pairs, write `human.json`; returns its rows.
 
     Args:
@@ -101,14 +104,24 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
         validation: source of the pairs that are judged.
         faces: dimension of the faces that read the training pairs.
         validation_count: at most so many validation pairs.
+        names: guides; all if empty. LLMdoctor and the read-out always take part.
+
+    Raises:
+        UserError: a guide that is not compared.
     """
     from llmdoctor.baselines.implicit import implicit_rewards
+
+    guides = guides_of(arena.options)
+    if unknown := sorted(set(names) - set(guides)):
+        raise UserError(f"no guide compared here is named {', '.join(unknown)}; there is {', '.join(guides)}")
 
     task = Task("human", train, faces, "")
     kit = Kit(task, arena.options, arena.output / "models", arena.steps)
     pairs = list(load_preferences(validation, limit=validation_count))
     right: dict[str, list[list[float]]] = {}
-    for method, kind in guides_of(arena.options).items():
+    for method, kind in guides.items():
+        if names and method not in {*names, DOCTOR}:
+            continue
         right[method] = [[] for _ in pairs]
         for seed in arena.seeds:
             for place, reward in enumerate(implicit_rewards(kit.trained(kind, seed), pairs)):
@@ -119,7 +132,7 @@ def make_human(arena: Arena, train: str, validation: str, faces: str, validation
     rows: list[HumanRow] = []
     for method, values in right.items():
         accuracy = cluster_bootstrap_ci(values)
-        gaps = [np.subtract(ours, theirs).tolist() for ours, theirs in zip(right["llmdoctor"], values, strict=True)]
+        gaps = [np.subtract(ours, theirs).tolist() for ours, theirs in zip(right[DOCTOR], values, strict=True)]
         difference = cluster_bootstrap_ci(gaps)
         rows.append(
             {

@@ -350,6 +350,7 @@ def human(
     train: Annotated[str, typer.Option("--train", metavar="SOURCE", help="Human preference pairs to train on.")],
     validation: Annotated[str, typer.Option("--validation", metavar="SOURCE", help="Held-out human pairs.")],
     faces: Annotated[str, typer.Option("--faces", metavar="DIMENSION", help="Faces that read the pairs.")] = "harmless",
+    method: _Methods = [],  # noqa: B006
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
     size: _Size,
@@ -361,7 +362,7 @@ def human(
     from llmdoctor.bench.held_out import make_human
 
     with _arena(run, output, quick, size) as arena:
-        rows = make_human(arena, train, validation, faces, 16 if quick else None)
+        rows = make_human(arena, train, validation, faces, 16 if quick else None, method)
     show_rows(run, rows, ("method",), ("accuracy", "low", "high", "difference", "difference_low", "difference_high"))
     show_done(run, output, "human.json", quick)
 
