@@ -12,7 +12,7 @@ from tests.bench.tools import PROMPTS, Told, arena_of, cell_files
 from tests.tiny import some_pairs
 
 from llmdoctor.baselines.implicit import implicit_rewards
-from llmdoctor.bench.ablation import BETAS, AblationRow, make_ablation
+from llmdoctor.bench.ablation import BETAS, AblationRow, kinds_of, make_ablation
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.held_out import (
     GUIDES,
@@ -65,6 +65,17 @@ def test_some_variants_stand_beside_the_whole(made: tuple[Arena, Told]) -> None:
     assert [row["variant"] for row in rows] == ["whole", "whole", "no_rounds", "no_rounds"]
     with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is tfpo, no_subtb"):
         make_ablation(made[0], ["no_flows"])
+
+
+def test_without_rounds_the_whole_is_the_doctor_of_the_pairs(
+    tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    assert kinds_of(BenchOptions()) == list(ABLATIONS)
+    kinds = ["tfpo", *(kind for kind in ABLATIONS if kind.startswith("pairs_"))]
+    assert kinds_of(BenchOptions(rounds=0)) == kinds
+    arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, rounds=0)
+    with pytest.raises(UserError, match="no variant of the doctor without rounds is named no_rounds; there is tfpo, p"):
+        make_ablation(arena, ["no_rounds"])
 
 
 def test_dynamics_of_every_guide(made: tuple[Arena, Told]) -> None:

@@ -17,6 +17,7 @@ from tests.cli.harness import Cli
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.bench.asking import Asking
+from llmdoctor.cli.bench import _tasks
 from llmdoctor.cli.bench_judge import AskUser
 from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
 from llmdoctor.evaluation.judge_report import CostEstimate
@@ -158,11 +159,18 @@ def test_all_but_human_labels_take_ones_own_tasks(
     assert {"pareto.svg", "dynamics-positive.svg", "ablation-readable.svg"} <= set(plots)
 
 
+def test_tasks_of_the_same_faces_are_numbered() -> None:
+    tasks = _tasks(pairs=["a", "b", "c"], faces=["helpful", "harmless", "helpful"], judges=["vader"])
+    assert [(task.name, task.pairs, task.faces, task.judge) for task in tasks] == [
+        ("helpful", "a", "helpful", "vader"),
+        ("harmless", "b", "harmless", "vader"),
+        ("helpful-2", "c", "helpful", "vader"),
+    ]
+
+
 def test_tasks_of_ones_own_that_do_not_match(cli: Cli, own: Path, tmp_path: Path) -> None:
     line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own), "--pairs-from", own / "b.jsonl")
     assert "2 × --pairs-from, 1 × --faces and 2 × --judge; expected as many of each, or one judge" in line
-    line = refused(cli, "table", "-o", tmp_path / "out", *own_task(own), *own_task(own))
-    assert "two tasks share a name: positive, positive" in line
     line = refused(cli, "pareto", "-o", tmp_path / "out", *own_task(own))
     assert "a Pareto front needs two tasks, this comparison has 1" in line
     line = refused(cli, "pareto", "-o", tmp_path / "out", *two_tasks(own), "--judge", "vader")

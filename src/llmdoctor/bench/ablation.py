@@ -8,6 +8,7 @@ from typing import TypedDict
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS
 from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, Contender, guided
+from llmdoctor.bench.options import BenchOptions
 from llmdoctor.errors import UserError
 
 BETAS = (1.0, 2.0)
@@ -31,25 +32,32 @@ class AblationRow(TypedDict):
     seeds: int
 
 
+def kinds_of(options: BenchOptions) -> list[str]:
+    """The variants of `ABLATIONS` that differ: without rounds the whole doctor is itself the one of the pairs."""
+    return [kind for kind in ABLATIONS if options.rounds or kind == WHOLE or kind.startswith("pairs_")]
+
+
 def make_ablation(arena: Arena, kinds: Sequence[str] = ()) -> list[AblationRow]:
     """Train and decode what is missing, write `ablation.json`; returns its rows.
 
     Args:
         arena: where.
-        kinds: of `ABLATIONS`, those that stand beside the whole doctor; all if none is given.
+        kinds: those of `kinds_of` that stand beside the whole doctor; all if none is given.
 
     Raises:
         UserError: a kind that is not there.
         ShardDone: as `Arena.decode`.
     """
-    if unknown := sorted(set(kinds) - set(ABLATIONS)):
-        raise UserError(f"no variant of the doctor is named {', '.join(unknown)}; there is {', '.join(ABLATIONS)}")
+    known = kinds_of(arena.options)
+    if unknown := sorted(set(kinds) - set(known)):
+        without = "" if arena.options.rounds else " without rounds"
+        raise UserError(f"no variant of the doctor{without} is named {', '.join(unknown)}; there is {', '.join(known)}")
     settings = tuple({"beta": beta} for beta in BETAS)
     # Their answers are the main comparison's.
     there = {WHOLE: DOCTOR, "no_rounds": DOCTOR_OF_PAIRS}
     variants = {
         kind: Contender(there.get(kind, kind), kind, "", settings, guided(kind, "ratio"), trained=(kind,))
-        for kind in ABLATIONS
+        for kind in known
         if not kinds or kind in (WHOLE, *kinds)
     }
     arena.decode(list(variants.values()))

@@ -152,7 +152,10 @@ def _tasks(
             f"{len(pairs)} × --pairs-from, {len(faces)} × --faces and {len(judges)} × --judge; expected as many of "
             "each, or one judge"
         )
-    return [Task(*fields) for fields in zip(faces, pairs, faces, judges, strict=True)]
+    # Those of the same faces are told apart by number.
+    before = [list(faces[:place]).count(name) for place, name in enumerate(faces)]
+    names = [f"{name}-{count + 1}" if count else name for name, count in zip(faces, before, strict=True)]
+    return [Task(*fields) for fields in zip(names, pairs, faces, judges, strict=True)]
 
 
 def _known_methods(names: list[str]) -> list[str]:
