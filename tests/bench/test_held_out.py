@@ -133,6 +133,7 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
         assert row["difference"] == pytest.approx(rows[0]["accuracy"] - row["accuracy"])
     assert (rows[0]["difference"], rows[0]["difference_low"], rows[0]["difference_high"]) == (0, 0, 0)
     record = json.loads((arena.output / "run.json").read_text())["human.json"]
+    assert record["options"] == {"patient": str(tiny_folder), "base": "", "pairs": 12, "epochs": 1, "rounds": 1}
     assert record["train"]["source"] == sources[0]
     assert (record["validation"]["source"], record["validation"]["pairs"]) == (sources[1], 8)
     assert record["validation"]["hash"] != record["train"]["hash"]

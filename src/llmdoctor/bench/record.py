@@ -23,7 +23,7 @@ from llmdoctor.files import digest, write_json
 SCHEMA_VERSION = 2
 RUN = "run.json"
 _PACKAGES = ("llmdoctor", "torch", "transformers", "peft", "trl", "tokenizers", "numpy", "choix", "moocore", "nltk")
-_LEARNING = ("patient", "base", "pairs", "epochs")
+_LEARNING = ("patient", "base", "pairs", "epochs", "rounds")
 
 
 def surroundings(quick: bool) -> dict[str, Any]:
