@@ -12,13 +12,14 @@ import huggingface_hub
 import peft.utils.save_and_load
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken, some_pairs, tensors
 
 from llmdoctor.errors import UserError
 from llmdoctor.models import doctor as doctor_module
 from llmdoctor.models.card import model_card
-from llmdoctor.models.doctor import Doctor, DoctorConfig
+from llmdoctor.models.doctor import Doctor, DoctorConfig, local_folder
 from llmdoctor.models.loading import tokenizer_fingerprint, weights_fingerprint
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
@@ -314,3 +315,24 @@ def test_a_base_makes_one_doctor(tiny_folder: Path) -> None:
     fresh_doctor(base)
     with pytest.raises(ValueError, match="carries an adapter already; load the base again for another doctor"):
         fresh_doctor(base)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (hub_errors.LocalEntryNotFoundError, "there is no folder team/doctor here, and the hub could not be asked for"),
+        (hub_errors.HFValidationError, "team/doctor is neither a folder here nor a hub id"),
+        (hub_errors.RepositoryNotFoundError, "there is no folder team/doctor here and no public doctor of that id"),
+        (hub_errors.GatedRepoError, "team/doctor is gated: accept its terms on the hub"),
+    ],
+)
+def test_a_doctor_that_is_nowhere_says_why(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], message: str
+) -> None:
+    def nowhere(*_: Any, **__: Any) -> str:
+        # Its constructor wants a response of the hub's.
+        raise kind.__new__(kind, "the hub's words")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nowhere)
+    with pytest.raises(UserError, match=message):
+        local_folder("team/doctor")

@@ -362,11 +362,18 @@ def local_folder(path: str | Path) -> Path:
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         return folder.expanduser()
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(str(path)))
+    except HFValidationError as error:
+        raise UserError(f"{path} is neither a folder here nor a hub id (such as 'name/doctor')") from error
+    except GatedRepoError as error:
+        raise UserError(f"{path} is gated: accept its terms on the hub, then log in: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"there is no folder {path} here and no public doctor of that id on the hub") from error
     except Exception as error:
-        raise UserError(f"{path} is neither a folder here nor a doctor on the hub ({type(error).__name__})") from error
+        raise UserError(f"there is no folder {path} here, and the hub could not be asked for it: {error}") from error
 
 
 def _check_whole(folder: Path, config: DoctorConfig) -> None:
