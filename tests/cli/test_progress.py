@@ -90,8 +90,8 @@ def test_a_training_is_shown_as_a_step_that_may_start_in_the_middle() -> None:
     callback.on_log(None, state, None, logs={"eval_loss": 0.5, "eval_preference_accuracy": 0.75})
     callback.on_train_end(None, state, None)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "training: 0 of 8 steps"
-    assert lines[1].startswith("training: 5 of 8 steps")
-    assert lines[2].endswith("loss 1.235")
+    assert lines[:2] == ["training: going on from step 5", "training: 0 of 8 steps"]
+    assert lines[2].startswith("training: 5 of 8 steps")
+    assert lines[3].endswith("loss 1.235")
     assert lines[-1].startswith("training: 8 steps in ")
     assert lines[-1].endswith("held-out loss 0.5, 75 % preferred right")

@@ -26,9 +26,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the step; a resumed training starts where it was."""
-        self.progress.start(self.description, state.max_steps, "steps")
         if state.global_step:
-            self.progress.note(f"going on from step {state.global_step}")
+            self.progress.say(f"{self.description}: going on from step {state.global_step}")
+        self.progress.start(self.description, state.max_steps, "steps")
         self.progress.reach(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
