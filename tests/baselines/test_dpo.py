@@ -108,6 +108,50 @@ def test_trls_loss_is_dpos(tiny_folder: Path, store: RewardStore, tmp_path: Path
     assert float(loss) == pytest.approx(sum(losses) / 5, rel=1e-4)
 
 
+def test_only_labelled_positions_are_projected_and_nothing_changes(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradients and every figure TRL logs, against TRL's own head on all positions of the same batch."""
+    from trl.trainer import utils
+
+    projected = []
+    head = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(
+        utils,
+        "_ChunkedLogProbFunction",
+        type("Watched", (), {"apply": lambda *a: projected.append(len(a[0])) or head.apply(*a)}),
+    )
+
+    def step(name: str) -> tuple[float, dict[str, torch.Tensor], dict[str, list[float]]]:
+        trainer = dpo_trainer(load(tiny_folder), store.dataset(), OPTIONS, 0.3, tmp_path / name)
+        projected.clear()
+        shake(trainer.model)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(5)])
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        labels.append(int(batch["completion_mask"][:, 1:].sum()))
+        positions.append(batch["completion_mask"][:, 1:].numel())
+        gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
+        return loss.item(), gradients, dict(trainer._metrics["train"])
+
+    labels: list[int] = []
+    positions: list[int] = []
+    loss, gradients, metrics = step("labelled")
+    assert projected == labels
+    monkeypatch.setattr(dpo, "score_labelled_positions", lambda model: None)
+    expected, its_gradients, its_metrics = step("whole")
+    assert projected == positions[-1:], "TRL's head left to itself reads prompts and padding, too"
+    assert labels[0] < 0.8 * positions[0]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert gradients.keys() == its_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, its_gradients[name], rtol=1e-4, atol=1e-7)
+    assert metrics.keys() == its_metrics.keys()
+    assert len(metrics) > 8
+    for name, values in metrics.items():
+        assert values == pytest.approx(its_metrics[name], rel=1e-4, abs=1e-6), name
+
+
 def test_it_trains_what_a_doctor_would(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     """The same LoRA on the same modules from the same initial weights; the base keeps its dtype and its bits."""
     base = load(tiny_folder, dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,44 @@ def dpo_trainer(
     )
     # Else the adapter's config names the folder of this machine where the base's files lie.
     trainer.model.active_peft_config.base_model_name_or_path = base.spec
+    if base.model.device.type == "cpu":
+        score_labelled_positions(base.model)
     return trainer
+
+
+def score_labelled_positions(model: Any) -> None:
+    """Let TRL's head read the positions that have a label, as it does by itself where Triton is at hand.
+
+    Elsewhere TRL projects prompts and padding on the vocabulary, too, and throws the result away: of real dialogues,
+    nine positions in ten. Same log-probs, up to rounding.
+
+    Args:
+        model: whose `forward` is TRL's, put there by its trainer.
+    """
+    whole = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(*args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return whole(*args, labels=labels, **kwargs)
+        shifted = labels[:, 1:]
+        mask = shifted != -100
+
+        def labelled(_module: Any, _args: Any, backbone: Any) -> Any:
+            backbone.last_hidden_state = backbone.last_hidden_state[:, :-1][mask][None]
+            return backbone
+
+        hook = model.base_model.register_forward_hook(labelled)
+        try:
+            outputs = whole(*args, shift_labels=shifted[mask][None], fused_lm_head=True, **kwargs)
+        finally:
+            hook.remove()
+        for name, value in outputs.items():
+            if value is not None and value.dim() == 2:
+                outputs[name] = value.new_zeros(mask.shape).masked_scatter(mask, value)
+        return outputs
+
+    model.forward = forward
 
 
 @contextmanager
