@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from llmdoctor.files import write_text
+
 
 def record(result: dict[str, Any], output: Path | None) -> None:
     """Add commit, versions and machine to `result`; write it to `output`; print it without its rows."""
@@ -31,5 +33,5 @@ def record(result: dict[str, Any], output: Path | None) -> None:
     }
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}))

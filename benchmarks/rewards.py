@@ -19,6 +19,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,13 @@ def ours(patient: LoadedModel, pairs: list[PreferencePair], faces: FacePair) -> 
         acquire_rewards(patient, pairs, folder, faces=faces)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="16 pairs; within a minute on two cores")
     parser.add_argument("--model", default="builtin:smollm2")
     parser.add_argument("--pairs", default="builtin:sentiment")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     patient = load_model(arguments.model)
     faces = face_pairs("positive")[0]
     pairs = list(load_preferences(arguments.pairs, limit=16 if arguments.quick else 128))

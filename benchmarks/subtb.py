@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -73,11 +73,11 @@ def relative_error(states: int, subtb_lambda: float) -> float:
     return max(float(((value - expected) / expected).detach().abs().max()), float(gradient))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less time for each number; within a minute")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     budget = 0.5 if arguments.quick else 3.0
     lengths = (128, 1024, 4096, 32768)
     heads = " ".join(f"{f'L={length:,}':>11}" for length in lengths)

@@ -5,8 +5,9 @@
 Three contenders, each a process of its own that loads the model, trains and saves, in interleaved repetitions:
 
 - tfpo: `train_doctor`; the reference's log-probs are computed once, before the first step, as always;
-- dpo precomputed: TRL's `DPOTrainer`, the reference's log-probs computed once as well;
-- dpo as shipped: the same with TRL's default, which reads the reference in every step.
+- dpo precomputed: TRL's `DPOTrainer`, the reference's log-probs computed once as well, and on a CPU, too, no logits of
+  prompts and padding, which TRL leaves out on a GPU only;
+- dpo as shipped: TRL's `DPOTrainer` as it is, which reads the reference in every step, and on a CPU has logits of all.
 
 Same pairs and token ids, batches, epochs, schedule and LoRA (every linear layer of the upper half), base in the dtype
 it is loaded in, dropout off. On a CPU attention is eager for tfpo; a full run tries DPO with eager and with fused
@@ -177,7 +178,7 @@ def compare(rows: Sequence[dict[str, Any]], way: str) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 steps of 3 pairs, once; within a minute on two cores")
     parser.add_argument("--model", default="builtin:smollm2")
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--attention", default="eager", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=float, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.child:
         child(arguments)
         return

@@ -124,6 +124,7 @@ def test_only_labelled_positions_are_projected_and_nothing_changes(
 
     def step(name: str) -> tuple[float, dict[str, torch.Tensor], dict[str, list[float]]]:
         trainer = dpo_trainer(load(tiny_folder), store.dataset(), OPTIONS, 0.3, tmp_path / name)
+        references.append(sum(projected))
         projected.clear()
         shake(trainer.model)
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(5)])
@@ -136,8 +137,10 @@ def test_only_labelled_positions_are_projected_and_nothing_changes(
 
     labels: list[int] = []
     positions: list[int] = []
+    references: list[int] = []
     loss, gradients, metrics = step("labelled")
     assert projected == labels
+    assert references == [sum(len(row[f"{side}_ids"]) for row in store.rows() for side in SIDES)]
     monkeypatch.setattr(dpo, "score_labelled_positions", lambda model: None)
     expected, its_gradients, its_metrics = step("whole")
     assert projected == positions[-1:], "TRL's head left to itself reads prompts and padding, too"

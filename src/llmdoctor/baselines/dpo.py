@@ -95,6 +95,9 @@ def dpo_trainer(
 
     class TokenDPOTrainer(AdapterTraining, DPOTrainer):
         def _precompute_ref_logps(self, *args: Any) -> Any:
+            # The first that is read with TRL's head, once it is there.
+            if base.model.device.type == "cpu":
+                score_labelled_positions(base.model)
             with _no_bars():
                 return super()._precompute_ref_logps(*args)
 
@@ -119,8 +122,6 @@ def dpo_trainer(
     )
     # Else the adapter's config names the folder of this machine where the base's files lie.
     trainer.model.active_peft_config.base_model_name_or_path = base.spec
-    if base.model.device.type == "cpu":
-        score_labelled_positions(base.model)
     return trainer
 
 
