@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def test_from_prompts_to_guided_answers(
     assert config.dimension == "polite#2"
     assert config.training["lora_rank"] == 2
     assert config.training["length_normalize"] is False
-    assert "preference accuracy" in trained.out
+    shown = re.search(r"preference accuracy +(\d+) % \((\d+) … (\d+)\)", trained.out)
+    assert shown, "with its interval: two held-out pairs tell little"
+    assert int(shown[2]) <= int(shown[1]) <= int(shown[3])
     assert "training: 2 steps in" in trained.err, "four pairs left to train on, two a step"
     assert "{'" not in trained.out, "a dict that the Trainer printed"
     assert "%|" not in trained.err, "a bar of tqdm's"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdoctor.evaluation.formatting import count, duration, percent, plain, signed
+from llmdoctor.evaluation.formatting import count, duration, percent, percent_of, plain, signed
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,11 @@ from llmdoctor.evaluation.formatting import count, duration, percent, plain, sig
         (signed(math.inf), "+∞"),
         (percent(0.6234, 1), "62.3 %"),
         (percent(math.nan), "–"),
+        (percent_of(0.667, 3), "67 % (21 … 94)"),
+        (percent_of(0.5, 300), "50 % (44 … 56)"),
+        (percent_of(1.0, 10, 1), "100.0 % (72.2 … 100.0)"),
+        (percent_of(0.5, 0), "50 %"),
+        (percent_of(math.nan, 4), "–"),
         (count(1234567), "1\u202f234\u202f567"),
         (duration(0.44), "0.4 s"),
         (duration(9.96), "10 s"),

@@ -50,7 +50,7 @@ def readout(
 
     source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
     total = count_pairs(run, source)
-    from llmdoctor.evaluation.formatting import count, duration, percent
+    from llmdoctor.evaluation.formatting import count, duration, percent_of
     from llmdoctor.rewards.readout import fit_readout
 
     _check_folder(output, overwrite)
@@ -63,7 +63,7 @@ def readout(
     took = duration(time.perf_counter() - start)
     run.say(
         f"{count(found.fit.pairs)} pairs, layers {', '.join(map(str, found.fit.layers))}, "
-        f"{percent(found.fit.accuracy, 1)} of the pairs left out are ranked right, {took}"
+        f"{percent_of(found.fit.accuracy, found.fit.pairs, 1)} of the pairs left out are ranked right, {took}"
     )
     run.say(f"the read-out is in {output}")
     next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)

@@ -156,10 +156,15 @@ def _config(**settings: Any) -> TFPOConfig:
 def _summarise(run: Run, store: RewardStore, output: Path) -> None:
     from rich.table import Table
 
+    from llmdoctor.evaluation.formatting import percent_of
+
     doctor = json.loads((output / "doctor.json").read_text(encoding="utf-8"))
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+    held_out = int(doctor["metrics"].get("held_out_pairs", 0))
     for name, value in doctor["metrics"].items():
-        table.add_row(name.replace("_", " "), f"{value:.4g}")
+        # Of few pairs a bare share says more than it knows.
+        text = percent_of(value, held_out) if name == "preference_accuracy" else f"{value:.4g}"
+        table.add_row(name.replace("_", " "), text)
     run.console.print(table)
     run.say(f"the doctor for {doctor['dimension']!r} is in {output}")
     patient = ["--patient", str(store.manifest["patient"])]

@@ -26,6 +26,17 @@ def percent(share: float, digits: int = 0) -> str:
     return "–" if math.isnan(share) else f"{plain(100 * share, digits)} %"
 
 
+def percent_of(share: float, trials: int, digits: int = 0) -> str:
+    """A share 0…1 of `trials` independent trials as a percentage with its 95 % interval (Wilson 1927); halves are ties."""
+    from scipy.stats import binomtest
+
+    if not trials or math.isnan(share):
+        return percent(share, digits)
+    interval = binomtest(round(share * trials), trials).proportion_ci(0.95, method="wilson")
+    low, high = (plain(100 * end, digits) for end in (interval.low, interval.high))
+    return f"{percent(share, digits)} ({low} … {high})"
+
+
 def count(value: int) -> str:
     """A count with thin spaces between groups of thousands."""
     return f"{value:,}".replace(",", "\u202f")
