@@ -22,3 +22,8 @@ class FingerprintMismatch(UserError):
 
 class TrainingDiverged(UserError):
     """Loss or gradient stopped being finite; the last good weights have been kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of a library's error, the first line that says something; its type's name if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,6 +18,7 @@ from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken,
 
 from llmdoctor.errors import UserError
 from llmdoctor.models import doctor as doctor_module
+from llmdoctor.models import hub
 from llmdoctor.models.card import model_card
 from llmdoctor.models.doctor import Doctor, DoctorConfig, local_folder
 from llmdoctor.models.loading import tokenizer_fingerprint, weights_fingerprint
@@ -320,8 +321,11 @@ def test_a_base_makes_one_doctor(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (hub_errors.LocalEntryNotFoundError, "there is no folder team/doctor here, and the hub could not be asked for"),
-        (hub_errors.HFValidationError, "team/doctor is neither a folder here nor a hub id"),
+        (
+            hub_errors.LocalEntryNotFoundError,
+            "no folder team/doctor here, and the hub could not be reached for team/doctor",
+        ),
+        (hub_errors.HFValidationError, "'team/doctor' is neither a folder here nor a hub id"),
         (hub_errors.RepositoryNotFoundError, "there is no folder team/doctor here and no public doctor of that id"),
         (hub_errors.GatedRepoError, "team/doctor is gated: accept its terms on the hub"),
     ],
@@ -333,6 +337,6 @@ def test_a_doctor_that_is_nowhere_says_why(
         # Its constructor wants a response of the hub's.
         raise kind.__new__(kind, "the hub's words")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", nowhere)
+    monkeypatch.setattr(hub, "snapshot_download", nowhere)
     with pytest.raises(UserError, match=message):
         local_folder("team/doctor")

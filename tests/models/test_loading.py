@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llmdoctor.errors import UserError
-from llmdoctor.models import loading
+from llmdoctor.models import hub, loading
 from llmdoctor.models.loading import (
     LoadedModel,
     load_model,
@@ -388,7 +388,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (hub_errors.LocalEntryNotFoundError, "hub could not be reached for team/model at revision v1 .*Offline, use"),
+        (hub_errors.LocalEntryNotFoundError, "hub could not be reached for team/model at revision v1 .*offline, use"),
         (hub_errors.OfflineModeIsEnabled, "hub could not be reached .*the hub's words"),
         (hub_errors.GatedRepoError, "team/model is gated: accept its terms on the hub, then log in: hf auth login"),
         (hub_errors.RepositoryNotFoundError, "no public model of that id on the hub"),
@@ -399,7 +399,7 @@ def test_what_can_go_wrong_at_the_hub(monkeypatch: pytest.MonkeyPatch, kind: typ
     def refuse(*_: object, **__: object) -> str:
         raise hub_error(kind)
 
-    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=message):
         load("team/model", revision="v1")
 
@@ -411,7 +411,7 @@ def test_a_hub_model_comes_without_pickles(folder: Path, monkeypatch: pytest.Mon
         asked.update(options, repository=repository)
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     loaded = load("team/model", revision="v1")
     assert (asked["repository"], asked["revision"]) == ("team/model", "v1")
     assert not any(str(pattern).endswith((".bin", ".pt", ".pth", "*")) for pattern in asked["allow_patterns"])

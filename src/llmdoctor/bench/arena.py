@@ -143,7 +143,9 @@ class Arena:
     def part_taking(self, task: Task, contenders: Sequence[Contender]) -> list[Contender]:
         """Those with a seed at least; says who is left out."""
         found = [contender for contender in contenders if self.seeds_of(task, contender)]
-        if missing := [contender.name for contender in contenders if contender not in found]:
+        missing = [contender.name for contender in contenders if contender not in found]
+        # With nobody there the caller's error says it all.
+        if found and missing:
             self.steps.say(f"{task.name}: left out, because not all answers of a seed are there: {', '.join(missing)}")
         return found
 

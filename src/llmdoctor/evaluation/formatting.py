@@ -27,7 +27,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def percent_of(share: float, trials: int, digits: int = 0) -> str:
-    """A share 0…1 of `trials` independent trials as a percentage with its 95 % interval (Wilson 1927); halves are ties."""
+    """A share 0…1 of `trials` as a percentage with its 95 % interval (Wilson 1927)."""
     from scipy.stats import binomtest
 
     if not trials or math.isnan(share):

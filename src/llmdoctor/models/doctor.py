@@ -21,6 +21,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, write_json, write_text
 from llmdoctor.models.card import model_card
+from llmdoctor.models.hub import hub_folder
 from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
 from llmdoctor.models.packing import PackedPairs, can_pack
@@ -361,19 +362,7 @@ def local_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         return folder.expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path)))
-    except HFValidationError as error:
-        raise UserError(f"{path} is neither a folder here nor a hub id (such as 'name/doctor')") from error
-    except GatedRepoError as error:
-        raise UserError(f"{path} is gated: accept its terms on the hub, then log in: hf auth login") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"there is no folder {path} here and no public doctor of that id on the hub") from error
-    except Exception as error:
-        raise UserError(f"there is no folder {path} here, and the hub could not be asked for it: {error}") from error
+    return hub_folder(str(path), "doctor")
 
 
 def _check_whole(folder: Path, config: DoctorConfig) -> None:

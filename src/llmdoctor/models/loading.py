@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import UserError, first_line
 from llmdoctor.files import digest, sha256_file
 from llmdoctor.models import builtin
+from llmdoctor.models.hub import hub_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BUILTIN_PREFIX = "builtin:"
@@ -223,7 +214,10 @@ def _locate(spec: str, revision: str | None) -> _Source:
         raise UserError(f"{spec} is a file; expected a folder, a .gguf file, a hub id or {BUILTIN_PREFIX}NAME.")
     if is_local:
         raise UserError(f"There is no folder {spec}.")
-    snapshot = _hub_snapshot(spec, revision)
+    snapshot = hub_folder(
+        spec, "model", revision=revision, files=_HUB_FILES, but=_HUB_DUPLICATES,
+        instead=f"a folder, a .gguf file or {BUILTIN_PREFIX}smollm2",
+    )  # fmt: skip
     _check_folder(spec, snapshot)
     return _Source(snapshot, revision=snapshot.name)
 
@@ -255,30 +249,6 @@ def _check_folder(spec: str, folder: Path) -> None:
     )
 
 
-def _hub_snapshot(spec: str, revision: str | None) -> Path:
-    """The local copy of a hub repository's model files, downloaded as far as it is not there yet."""
-    where = spec if revision is None else f"{spec} at revision {revision}"
-    try:
-        return Path(
-            snapshot_download(spec, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
-        )
-    except HFValidationError as error:
-        raise UserError(
-            f"{spec!r} is neither a folder here nor a hub id (such as 'name/model'), nor {BUILTIN_PREFIX}NAME."
-        ) from error
-    except GatedRepoError as error:
-        raise UserError(f"{spec} is gated: accept its terms on the hub, then log in: hf auth login") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"There is no folder {spec} here and no public model of that id on the hub.") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{spec} has no revision {revision!r} on the hub.") from error
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"There is no folder {spec} here, and the hub could not be reached for {where} ({_first_line(error)}). "
-            f"Offline, use a folder, a .gguf file or {BUILTIN_PREFIX}smollm2."
-        ) from error
-
-
 def _load_gguf(
     spec: str, path: Path, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -287,7 +257,7 @@ def _load_gguf(
     try:
         model, tokenizer = builtin.read_gguf(path, dtype)
     except _LOAD_FAILURES as error:
-        raise UserError(f"{spec} could not be read as a GGUF language model: {_first_line(error)}") from error
+        raise UserError(f"{spec} could not be read as a GGUF language model: {first_line(error)}") from error
     return model.to(device), tokenizer
 
 
@@ -309,7 +279,7 @@ def _load_folder(spec: str, folder: Path, dtype: torch.dtype, device: str, trust
             **options,
         )
     except _LOAD_FAILURES as error:
-        raise UserError(f"{spec} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"{spec} could not be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{spec} lacks {len(missing)} of its weights ({', '.join(missing[:3])}{', …' if missing[3:] else ''}), "
@@ -327,7 +297,7 @@ def _unreadable_config(spec: str, error: BaseException) -> str:
             f"{spec} is of architecture {named[1]!r}, which this version of transformers does not know; "
             "a newer one may: pip install --upgrade transformers"
         )
-    return f"{spec} has a config.json that transformers cannot use: {_first_line(error)}"
+    return f"{spec} has a config.json that transformers cannot use: {first_line(error)}"
 
 
 def _check_causal(spec: str, config: Any) -> None:
@@ -346,7 +316,7 @@ def _load_tokenizer(spec: str, folder: Path, trust_remote_code: bool) -> PreTrai
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOAD_FAILURES as error:
         raise UserError(
-            f"{spec} has no tokenizer that can be loaded ({_first_line(error)}); expected a tokenizer.json."
+            f"{spec} has no tokenizer that can be loaded ({first_line(error)}); expected a tokenizer.json."
         ) from error
 
 
@@ -360,7 +330,3 @@ def _prepare_tokenizer(spec: str, tokenizer: PreTrainedTokenizerBase, model: Pre
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.errors import FingerprintMismatch, UserError, first_line
 from llmdoctor.files import atomic_folder, digest, sha256_file, write_json
 from llmdoctor.models import builtin
 from llmdoctor.models.loading import (
     _LOAD_FAILURES,
     LoadedModel,
-    _first_line,
     _load_tokenizer,
     _locate,
     _prepare_tokenizer,
@@ -248,7 +247,7 @@ def base_classifier(base: LoadedModel, *, seed: int = 0) -> Any:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=base.model.dtype)
     except ValueError as error:
-        raise UserError(f"{base.spec}: this architecture has no form with a score: {_first_line(error)}") from error
+        raise UserError(f"{base.spec}: this architecture has no form with a score: {first_line(error)}") from error
     setattr(model, model.base_model_prefix, base.model.base_model)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{base.spec}: {type(model).__name__} has no linear score, which a reward model needs")
@@ -326,7 +325,7 @@ def _load_plain(spec: str, dtype: str, device: str, trust_remote_code: bool, rev
                 **options,
             )
         except _LOAD_FAILURES as error:
-            raise UserError(f"{spec} could not be loaded: {_first_line(error)}") from error
+            raise UserError(f"{spec} could not be loaded: {first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
             named = f"{', '.join(missing[:3])}{', …' if missing[3:] else ''}"
             raise UserError(f"{spec} lacks {len(missing)} of its weights ({named}), which would be random numbers")
