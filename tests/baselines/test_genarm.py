@@ -98,7 +98,7 @@ def test_it_learns_and_writes_a_guide(tiny_folder: Path, store: RewardStore, tmp
 
 
 def test_it_resumes_and_is_reused(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
-    """Cut after an epoch, it ends with the bits of an uncut run; finished, it is taken; other settings are refused."""
+    """Cut within an epoch, it ends with the bits of an uncut run; finished, it is taken; other settings are refused."""
     whole = train_genarm(load(tiny_folder), store, tmp_path / "whole", OPTIONS)
     folder = tmp_path / "cut"
 
@@ -114,7 +114,7 @@ def test_it_resumes_and_is_reused(tiny_folder: Path, store: RewardStore, tmp_pat
 
     with pytest.raises(Cut):
         train_genarm(load(tiny_folder), store, folder, OPTIONS, callbacks=[Stop()])
-    assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-3"
+    assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-4"
     assert not (folder / "doctor.json").exists()
     with pytest.raises(FingerprintMismatch, match="settings"):
         train_genarm(load(tiny_folder), store, folder, replace(OPTIONS, seed=1))

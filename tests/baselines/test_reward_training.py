@@ -149,12 +149,12 @@ class CutAtStep4(TrainerCallback):
 
 
 def test_it_resumes_and_is_reused(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
-    """Cut after an epoch, it ends with the bits of an uncut run; finished, it is taken; other settings are refused."""
+    """Cut within an epoch, it ends with the bits of an uncut run; finished, it is taken; other settings are refused."""
     whole = train_reward_model(load(tiny_folder), store, tmp_path / "whole", OPTIONS)
     folder = tmp_path / "cut"
     with pytest.raises(Cut):
         train_reward_model(load(tiny_folder), store, folder, OPTIONS, callbacks=[CutAtStep4()])
-    assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-3"
+    assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-4"
     train_reward_model(load(tiny_folder), store, folder, OPTIONS)
     adapter = "adapter/adapter_model.safetensors"
     assert (folder / adapter).read_bytes() == (whole / adapter).read_bytes()

@@ -48,7 +48,7 @@ def train_dpo(
     Args:
         base: policy and, adapter switched off, reference; it is trained in place.
         rewards: whose token ids it is trained on; their rewards are not looked at.
-        output: the folder; checkpoints go to `output/checkpoints`, one an epoch.
+        output: the folder; checkpoints go to `output/checkpoints`, ten in all.
         options: the budget; `beta` None is `BETA`.
         dimension: a name for what it is for; the faces' name if empty.
         resume: go on from a checkpoint, or take a finished result; False starts anew.

@@ -51,7 +51,7 @@ def train_reward_model(
     Args:
         base: its backbone; it is trained in place.
         rewards: whose token ids it is trained on; their rewards are not looked at.
-        output: the folder; checkpoints go to `output/checkpoints`, one an epoch.
+        output: the folder; checkpoints go to `output/checkpoints`, ten in all.
         options: the budget; `beta` must be None.
         resume: go on from a checkpoint, or take a finished result; False starts anew.
         callbacks: for the progress of the training.

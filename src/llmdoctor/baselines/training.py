@@ -98,7 +98,9 @@ class BaselineOptions:
             "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
             "logging_steps": 5,
-            "save_strategy": "epoch",
+            # Ten times: an epoch of many pairs is too much to lose.
+            "save_strategy": "steps",
+            "save_steps": 0.1,
             "save_total_limit": 2,
             "eval_strategy": "no",
             "report_to": "none",

@@ -103,7 +103,12 @@ class TFPOConfig(TrainingArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When held-out pairs are looked at."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is written."})
+    save_strategy: str = field(
+        default="steps", metadata={"help": "What checkpoints are counted by; in rounds, one a round."}
+    )
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps from one checkpoint to the next, or a share of all below 1."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     report_to: str | list[str] | None = field(
         default="none", metadata={"help": "tensorboard, wandb, trackio, … as transformers offers them, if installed."}
