@@ -17,6 +17,7 @@ from tests.bench.tools import PROMPTS, SEEDS, answers_of, arena_of, cell_files, 
 from tests.killing import JobServer
 
 from llmdoctor.baselines.best_of_n import BestOfN
+from llmdoctor.bench import kit as kit_module
 from llmdoctor.bench.arena import Arena, ShardDone
 from llmdoctor.bench.cells import Cell
 from llmdoctor.bench.kit import ABLATIONS, Kit
@@ -117,7 +118,7 @@ def test_seeds_draw_apart_and_settings_draw_alike(compared: Arena) -> None:
     [
         ({"max_new_tokens": 5}, ["length"]),
         ({"prompt_count": 5}, ["prompts"]),
-        ({"pairs": 10}, ["learned"]),
+        ({"pairs": 10}, ["learned", "lesson"]),
         ({"epochs": 2}, ["learned", "recipes"]),
     ],
     ids=str,
@@ -150,6 +151,52 @@ def test_other_prompts_faces_and_pairs_are_refused(
             arena.cells.get(other, CONTENDERS[DOCTOR], {"beta": 2.0}, 0)
         # What has nothing to learn serves any task.
         assert len(arena.cells.get(other, GREEDY, {}, 0).answers) == PROMPTS
+
+
+def test_other_pairs_of_the_same_name_are_refused(
+    tiny_folder: Path, bench_sources: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after labels were swapped in the file; what learns nothing stays as it is."""
+    pairs = Kit.pairs
+    swap = lambda kit: [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs(kit)]  # noqa: E731
+    monkeypatch.setattr(Kit, "pairs", swap)
+    arena, _ = arena_of(tiny_folder, bench_sources, copied)
+    task = arena.tasks[0]
+    with pytest.raises(FingerprintMismatch, match=r"\(lesson: stored \w{16}, now \w{16}\)"):
+        arena.cells.get(task, CONTENDERS[DOCTOR], {"beta": 2.0}, 0)
+    assert len(arena.cells.get(task, GREEDY, {}, 0).answers) == PROMPTS
+
+
+def test_other_weights_of_the_same_name_are_refused(
+    tiny_folder: Path, bench_sources: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after another model was put into the folder."""
+    monkeypatch.setattr(kit_module, "_weights", lambda spec: "another")
+    arena, _ = arena_of(tiny_folder, bench_sources, copied)
+    task = arena.tasks[0]
+    for contender, setting in ((GREEDY, {}), (CONTENDERS[DOCTOR], {"beta": 2.0})):
+        with pytest.raises(FingerprintMismatch, match=r"\(weights: stored \w{16}, now \w{16}\)"):
+            arena.cells.get(task, contender, setting, 0)
+    with pytest.raises(FingerprintMismatch, match=r"\(base: stored \w{16}, now another\)"):
+        arena.kits["a"].trained("tfpo", 0)
+
+
+def test_files_that_say_nothing_of_pairs_and_weights_are_read(
+    tiny_folder: Path, bench_sources: Path, copied: Path
+) -> None:
+    """As those made before that was written down."""
+    for path in copied.rglob("*-seed0.jsonl.gz"):
+        forget = rewritten(lambda lines: [lines[0]["stamp"].pop(name) for name in ("weights", "lesson")])
+        path.write_bytes(forget(path.read_bytes()))
+    arena, told = arena_of(tiny_folder, bench_sources, copied)
+    make_table(arena)
+    assert told.started == []
+
+
+def test_how_many_are_drawn_together_is_no_other_recipe(tiny_folder: Path, bench_sources: Path, copied: Path) -> None:
+    arena, told = arena_of(tiny_folder, bench_sources, copied, batch_size=3)
+    make_table(arena)
+    assert told.started == []
 
 
 def test_how_far_transfer_q_looks_ahead_matters_to_it_alone(
@@ -281,6 +328,7 @@ def test_only_best_of_n_decodes_nothing_of_its_own() -> None:
 JOB = """
 from pathlib import Path
 
+from llmdoctor.bench import kit as kit_module
 from llmdoctor.bench.arena import Arena, ShardDone
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.table import make_table

@@ -18,6 +18,7 @@ from llmdoctor.bench.kit import ABLATIONS, Kit
 from llmdoctor.bench.methods import CONTENDERS
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
+from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.train import train_doctor
@@ -158,8 +159,14 @@ def test_a_model_of_other_settings_is_refused(tiny_folder: Path, bench_sources: 
 def test_a_doctor_of_other_rewards_or_another_base_is_refused(
     tiny_folder: Path, bench_sources: Path, models: Path, tmp_path: Path
 ) -> None:
-    """Token rewards made anew from other pairs: their fingerprint is no longer the one that the doctor names."""
+    """Other weights, whatever their folder is called; and token rewards made anew from other pairs: their fingerprint
+    is no longer the one that the doctor names.
+    """
     other = shutil.copytree(tiny_folder, tmp_path / "copy")
+    model = load_model(str(tiny_folder), dtype="float32").model
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.01
+    model.save_pretrained(other)
     shutil.copytree(models / "a", models / "a@copy")
     kit, _ = kit_of(tiny_folder, bench_sources, models, base=str(other))
     with pytest.raises(FingerprintMismatch, match="base: stored"):
@@ -222,7 +229,6 @@ def test_the_doctor_is_what_train_doctor_makes(
     compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path: Path
 ) -> None:
     """The same pairs, epochs and seed give the same bytes."""
-    from llmdoctor.models.loading import load_model
     from llmdoctor.tfpo.config import TFPOConfig
     from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -230,7 +236,7 @@ def test_the_doctor_is_what_train_doctor_makes(
     config = TFPOConfig(
         output_dir=str(tmp_path / "own"), seed=1, num_train_epochs=1, disable_tqdm=True, eval_strategy="no"
     )
-    rounds = RoundOptions(rounds=kit.options.rounds, round_batch_size=kit.options.batch_size)
+    rounds = RoundOptions(rounds=kit.options.rounds)
     own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, rounds=rounds, dimension="positive")
     name = "adapter/adapter_model.safetensors"
     assert (own / name).read_bytes() == (compared.output / "models/a/seed1/tfpo" / name).read_bytes()

@@ -157,6 +157,8 @@ def table_rows():
                         "doctor_distinct_4": 0.97,
                         "clamped": clamped,
                         "keeps_text": method != "contrastive",
+                        "doctor_keeps_text": at == "best" or method != "dpo",
+                        "by_seed": [mean - 1, mean, mean + 1],
                     }
                 )
     return rows

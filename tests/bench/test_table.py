@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -100,7 +99,7 @@ def test_perplexity_may_be_one_and_a_half_times_the_patients(logp: float, allowe
 
 
 def test_distinct_4_must_keep_95_percent_of_the_patients() -> None:
-    """Two prompts a half, one 4-gram each: the patient has 2 distinct of 2; a method that repeats itself 1 of 2."""
+    """Four prompts, one 4-gram each: the patient has 4 distinct of 4; a method that repeats itself 1 of 4."""
     same = ["a b c d"] * 4
     gentle, strong = point({"beta": 1.0}, [0, 0, 0, 0]), point({"beta": 2.0}, [1, 1, 1, 1], texts=same)
     assert best([gentle, strong], point({}, [0, 0, 0, 0])).settings == [{"beta": 1.0}]
@@ -117,15 +116,30 @@ def test_where_no_setting_keeps_the_text_the_gentlest_is_best() -> None:
     assert best([point({"beta": 0.5}, [0] * 4), *points], point({}, [0, 0, 0, 0])).keeps_text
 
 
-def test_one_half_without_a_setting_is_enough_to_be_told() -> None:
-    """p0 and p2 are garbled at every setting, p1 and p3 at none."""
-    whole = point({"beta": 1.0}, [0, 0, 0, 0])
-    answers = {
-        prompt: [replace(answer, patient_logp=-40.0) for answer in row] if prompt in ("p0", "p2") else row
-        for prompt, row in whole.answers.items()
-    }
-    points = [replace(whole, answers=answers, setting={"beta": beta}) for beta in (1.0, 2.0)]
-    assert not best(points, point({}, [0, 0, 0, 0])).keeps_text
+def test_where_none_keeps_the_text_the_one_with_the_least_kl_stands_in() -> None:
+    """A knob may go the other way round: α below 1 steers harder."""
+    points = [point({"alpha": alpha}, [0] * 4, kl=kl, patient_logp=-40.0) for alpha, kl in ((0.75, 9.0), (1.25, 3.0))]
+    assert best(points, point({}, [0, 0, 0, 0])).settings == [{"alpha": 1.25}]
+
+
+def test_the_gate_is_for_all_prompts_together() -> None:
+    """Each half of these is as distinct as the patient's, all of them are not: the same four texts in both halves."""
+    twice = ["a b c d", "a b c d", "e f g h", "e f g h"]
+    gentle, strong = point({"beta": 1.0}, [0, 0, 0, 0]), point({"beta": 2.0}, [1, 1, 1, 1], texts=twice)
+    assert best([gentle, strong], point({}, [0, 0, 0, 0])).settings == [{"beta": 1.0}]
+    alone = best([strong], point({}, [0, 0, 0, 0]))
+    assert (alone.settings, alone.keeps_text) == ([{"beta": 2.0}], False)
+
+
+def test_the_doctor_at_equal_kl_has_to_keep_the_text_as_well() -> None:
+    """Its mixture of a sound setting and one that says the same to everybody."""
+    count = 8
+    sound = point({"beta": 1.0}, [0] * count, kl=1.0)
+    same = point({"beta": 2.0}, [1] * count, kl=3.0, texts=["a b c d"] * count)
+    given = Given([sound, same], point({}, [0] * count))
+    gentle, hard = (at_kl(given, TASK, opponent(kl)) for kl in (1.0, 2.0))  # type: ignore[arg-type]
+    assert (gentle.keeps_text, gentle.distinct_4) == (True, 1.0)
+    assert (hard.keeps_text, hard.distinct_4) == (False, 5 / 8)
 
 
 def test_a_single_setting_is_taken_for_all_prompts() -> None:
@@ -265,6 +279,8 @@ def test_rows_say_what_the_cells_say(rows: list[Row], compared: Arena) -> None:
             kls.append(one.kl)
             signs.append((ours > score) - (ours < score))
     assert (row["win"], row["tie"], row["loss"]) == (signs.count(1), signs.count(0), signs.count(-1))
+    by_seed = [signs[start : start + len(compared.prompts)] for start in range(0, len(signs), len(compared.prompts))]
+    assert row["by_seed"] == pytest.approx([50 + 50 * sum(seed) / len(seed) for seed in by_seed])
     assert row["score"] == pytest.approx(sum(scores) / len(scores))
     assert row["kl"] == pytest.approx(sum(kls) / len(kls))
     assert row["distinct_4"] == pytest.approx(sum(distinct_n(seed, 4) for seed in texts) / SEEDS)

@@ -142,7 +142,9 @@ class Cells:
             # What learns nothing of a task has no base.
             "base": options.patient if contender.any_task else options.base or options.patient,
             "prompts": digest(prompts),
+            "weights": digest([kit.weights["patient"], "" if contender.any_task else kit.weights["base"]]),
             "learned": digest({} if contender.any_task else learned),
+            "lesson": "" if contender.any_task else kit.lesson,
             "recipes": digest(recipes),
             "length": str(options.max_new_tokens),
             "setting": digest({**setting, **ahead}),
@@ -245,6 +247,8 @@ class Cells:
             stored, cell = head["stamp"], Cell([Answer(**row) for row in rows], float(head["seconds"]))
         except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is broken ({error}); delete it and run again") from error
+        # Earlier files say less: nothing of weights and of the pairs themselves.
+        stored = {**stamp, **stored}
         if stored != stamp:
             raise FingerprintMismatch(str(path), stored, dict(stamp), "Give another output folder, or delete it.")
         return cell

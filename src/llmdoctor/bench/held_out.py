@@ -141,7 +141,7 @@ def make_human(
                 "low": accuracy.low,
                 "high": accuracy.high,
                 "pairs": len(pairs),
-                "train_pairs": len(kit.pairs()),
+                "train_pairs": len(kit.training_pairs()),
                 "seeds": arena.options.seeds,
                 "difference": difference.mean,
                 "difference_low": difference.low,

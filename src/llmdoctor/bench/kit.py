@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from filelock import FileLock, Timeout
 
 from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.bench.record import pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.errors import FingerprintMismatch
 from llmdoctor.files import digest
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel, load_model, stored_weights_fingerprint
 from llmdoctor.rewards.store import RewardStore
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from llmdoctor.rewards.readout import Readout
     from llmdoctor.tfpo.config import TFPOConfig
     from llmdoctor.tfpo.rounds import RoundOptions
+
+HELD_OUT = 0.1
+"""Share of the pairs that nothing is trained on."""
+
+ROUND_BATCH = 160
 
 _PAIRS: Mapping[str, Any] = {"rounds": {"rounds": 0}}
 
@@ -119,10 +125,31 @@ class Kit:
         return load_model(self.options.base or self.options.patient)
 
     def pairs(self) -> list[PreferencePair]:
-        """The training pairs: drawn once from the source, the same for every seed and method."""
+        """The pairs: drawn once from the source, the same for every seed and method; the last tenth is held out."""
         found = list(load_preferences(self.task.pairs))
         random.Random(0).shuffle(found)
         return found[: self.options.pairs]
+
+    def training_pairs(self) -> list[PreferencePair]:
+        """Those that everything is trained on."""
+        pairs = self.pairs()
+        return pairs[: len(pairs) - round(len(pairs) * HELD_OUT)]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Fingerprints of the patient's and the base's weights, which a name alone does not hold."""
+        specs = {"patient": self.options.patient, "base": self.options.base or self.options.patient}
+        return {role: _weights(spec) for role, spec in specs.items()}
+
+    @property
+    def lesson(self) -> str:
+        """Fingerprint of what is learned: the pairs and faces themselves, of which the task has the names."""
+        from llmdoctor.rewards.faces import face_pairs
+
+        return self._once(
+            ("lesson",),
+            lambda: digest([pairs_record("", self.pairs())["hash"], asdict(face_pairs(self.task.faces)[0])]),
+        )
 
     def rewards(self, **options: Any) -> RewardStore:
         """Stage 1's token rewards of the pairs; `options` are `RewardOptions`'."""
@@ -185,7 +212,7 @@ class Kit:
         from llmdoctor.rewards.readout import fit_readout
 
         def fit() -> Readout:
-            pairs = self.pairs()
+            pairs = self.training_pairs()
             self.steps.start(f"{self.task.name}: read-out", len(pairs), "pairs")
             found = fit_readout(self.patient, pairs, progress=self.steps.advance)
             self.steps.done()
@@ -253,7 +280,7 @@ class Kit:
     def _budget(self, seed: int) -> BaselineOptions:
         from llmdoctor.baselines.training import BaselineOptions
 
-        return BaselineOptions(epochs=self.options.epochs, seed=seed)
+        return BaselineOptions(epochs=self.options.epochs, seed=seed, eval_fraction=HELD_OUT)
 
     def _train_doctor(self, kind: str, seed: int, folder: Path, name: str) -> Path:
         from llmdoctor.models.doctor import CONFIG_NAME
@@ -279,7 +306,8 @@ class Kit:
         from llmdoctor.tfpo.rounds import RoundOptions
 
         changes = {"rounds": self.options.rounds, **ABLATIONS[kind].get("rounds", {})}
-        return RoundOptions(**changes, round_batch_size=self.options.batch_size)
+        # Not the options': it is written into the doctors and recipes that answers go by, and decides nothing.
+        return RoundOptions(**changes, round_batch_size=ROUND_BATCH)
 
     def _doctor_config(self, kind: str, seed: int, folder: Path) -> TFPOConfig:
         from llmdoctor.tfpo.config import TFPOConfig
@@ -300,16 +328,26 @@ class Kit:
     def _check_doctor(self, folder: Path, settings: dict[str, Any], rewards: RewardStore) -> None:
         """FingerprintMismatch unless the doctor in `folder` is what `train_doctor` would make."""
         from llmdoctor.models.doctor import DoctorConfig
+        from llmdoctor.tfpo.train import decisive
 
         stored = DoctorConfig.load(folder)
-        was = {"base": stored.base, "rewards": digest(stored.rewards_fingerprint), "settings": digest(stored.training)}
+        was = {
+            "base": str(stored.base_fingerprint.get("model")),
+            "rewards": digest(stored.rewards_fingerprint),
+            "settings": digest(decisive(stored.training)),
+        }
         now = {
-            "base": self.options.base or self.options.patient,
+            "base": self.weights["base"],
             "rewards": digest(dict(rewards.fingerprint)),
-            "settings": digest(settings),
+            "settings": digest(decisive(settings)),
         }
         if was != now:
             raise FingerprintMismatch(str(folder), was, now, "Give another output folder, or delete it.")
+
+
+@cache
+def _weights(spec: str) -> str:
+    return stored_weights_fingerprint(spec)
 
 
 @cache

@@ -6,7 +6,7 @@ Values are kept as the arena takes them, by prompt with one value a seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -51,6 +51,22 @@ class Figures(TypedDict):
     seeds: int
 
 
+Answers = Mapping[str, Sequence[Answer]]
+"""By prompt, one answer a seed."""
+
+
+def perplexity(answers: Answers) -> float:
+    """Under the patient."""
+    flat = [answer for row in answers.values() for answer in row]
+    return math.exp(-sum(answer.patient_logp for answer in flat) / max(1, sum(answer.tokens for answer in flat)))
+
+
+def distinct_4(answers: Answers) -> float:
+    """Mean over seeds of the share of distinct 4-grams in that seed's answers; fewer answers have a higher one."""
+    by_seed = list(zip(*answers.values(), strict=True))
+    return _mean([distinct_n([answer.text for answer in row], 4) for row in by_seed])
+
+
 @dataclass(frozen=True)
 class Point:
     """Answers of a method at one setting.
@@ -85,14 +101,13 @@ class Point:
 
     @property
     def distinct_4(self) -> float:
-        """Mean over seeds of the share of distinct 4-grams in that seed's answers."""
-        return self._over_seeds(lambda texts: distinct_n(texts, 4))
+        """As `distinct_4`."""
+        return distinct_4(self.answers)
 
     @property
     def perplexity(self) -> float:
-        """Under the patient."""
-        flat = [answer for row in self.answers.values() for answer in row]
-        return math.exp(-sum(answer.patient_logp for answer in flat) / max(1, sum(answer.tokens for answer in flat)))
+        """As `perplexity`."""
+        return perplexity(self.answers)
 
     def only(self, prompts: Sequence[str], seeds: int | None = None) -> Point:
         """The same for some of the prompts, and the first so many seeds."""

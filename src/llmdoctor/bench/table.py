@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.cells import Answer
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender
 from llmdoctor.bench.options import Task
-from llmdoctor.bench.points import Figures, Point
+from llmdoctor.bench.points import Answers, Figures, Point, distinct_4, perplexity
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.evaluation.embedders import Embedder
 from llmdoctor.evaluation.equal_kl import equal_kl_mixture
-from llmdoctor.evaluation.metrics import distinct_n
 from llmdoctor.evaluation.ranking import bradley_terry
 
 MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
@@ -40,8 +40,9 @@ class Result(TypedDict):
 class Row(Result):
     """One row of `table.json`: LLMdoctor's result against the method.
 
-    Where `keeps_text` is false no setting of the method keeps the text on one half of the prompts or both, and its
-    gentlest stands in.
+    Where `keeps_text` is false no setting of the method keeps the text, and its gentlest stands in; where
+    `doctor_keeps_text` is, LLMdoctor's answers do not. `by_seed` is win + ½ tie of each seed by itself: the intervals
+    are over prompts, with the models that were trained.
     """
 
     task: str
@@ -59,6 +60,8 @@ class Row(Result):
     doctor_distinct_4: float
     clamped: bool
     keeps_text: bool
+    doctor_keeps_text: bool
+    by_seed: list[float]
 
 
 class Match(Result):
@@ -142,19 +145,23 @@ class Chosen:
     """Answers that may come from several settings of one method.
 
     Attributes:
-        texts, scores, kls: by prompt, one value a seed; KL in nats.
+        answers, scores: by prompt, one value a seed.
         points: the settings they are from.
         clamped: the KL asked for lies beyond what the method was measured at.
-        keeps_text: every setting passed the gate where it was chosen.
+        keeps_text: they pass the gate.
     """
 
     def __init__(self, parts: Sequence[Point], *, clamped: bool = False, keeps_text: bool = True) -> None:
         self.points = list(parts)
-        self.texts = {prompt: [a.text for a in row] for part in parts for prompt, row in part.answers.items()}
+        self.answers: dict[str, list[Answer]] = {prompt: row for part in parts for prompt, row in part.answers.items()}
         self.scores = {prompt: row for part in parts for prompt, row in part.scores.items()}
-        self.kls = {prompt: row for part in parts for prompt, row in part.kls.items()}
         self.clamped = clamped
         self.keeps_text = keeps_text
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """By prompt, one a seed."""
+        return {prompt: [answer.text for answer in row] for prompt, row in self.answers.items()}
 
     @property
     def score(self) -> float:
@@ -163,26 +170,24 @@ class Chosen:
 
     @property
     def kl(self) -> float:
-        """Mean KL."""
-        return _mean(self.kls)
+        """Mean KL in nats."""
+        return _mean({prompt: [answer.kl for answer in row] for prompt, row in self.answers.items()})
 
     @property
     def distinct_4(self) -> float:
-        """As a `Point`'s, over all prompts: the figure of a half stands higher than that of the whole."""
-        by_seed = zip(*self.texts.values(), strict=True)
-        return sum(distinct_n(texts, 4) for texts in by_seed) / self.seeds
+        """As a `Point`'s."""
+        return distinct_4(self.answers)
 
     @property
     def seeds(self) -> int:
         """How many repetitions."""
-        return len(next(iter(self.texts.values())))
+        return len(next(iter(self.answers.values())))
 
     def only(self, prompts: Collection[str], seeds: int | None = None) -> Chosen:
         """The same for some of the prompts, and the first so many seeds."""
         part = copy.copy(self)
-        part.texts = {prompt: self.texts[prompt][:seeds] for prompt in prompts}
+        part.answers = {prompt: self.answers[prompt][:seeds] for prompt in prompts}
         part.scores = {prompt: self.scores[prompt][:seeds] for prompt in prompts}
-        part.kls = {prompt: self.kls[prompt][:seeds] for prompt in prompts}
         return part
 
     @property
@@ -196,24 +201,38 @@ class Chosen:
 
 
 def best_point(arena: Arena, task: Task, contender: Contender) -> Chosen:
-    """The method at its best setting, chosen for each half of the prompts on the other half."""
+    """The method at its best setting that keeps the text, chosen for each half of the prompts on the other half.
+
+    Whether a setting keeps the text is asked of all prompts, since distinct n-grams are fewer in more text; where none
+    does, the one with the least KL stands in.
+    """
     points = arena.points(task, contender)
     prompts = list(points[0].answers)
+    patient = arena.patient(task).only(prompts, points[0].seeds).answers
+    sound = [point for point in points if keeps_text(point.answers, patient)]
+    allowed = sound or [min(points, key=lambda point: point.kl)]
     halves = (prompts[::2], prompts[1::2])
-    patient = arena.patient(task)
-    if len(points) == 1 or not all(halves):
-        return Chosen(points[:1], keeps_text=_keeps_text(points[0], patient.only(prompts)))
-    parts, sound = [], True
-    for half, other in (halves, halves[::-1]):
-        place, keeps = _best([point.only(other) for point in points], patient.only(other))
-        parts.append(points[place].only(half))
-        sound &= keeps
-    return Chosen(parts, keeps_text=sound)
+    if len(allowed) == 1 or not all(halves):
+        return Chosen(allowed[:1], keeps_text=bool(sound))
+    parts = [
+        max(allowed, key=lambda point: point.only(other).score).only(half) for half, other in (halves, halves[::-1])
+    ]
+    return Chosen(parts, keeps_text=bool(sound))
+
+
+def keeps_text(answers: Answers, patient: Answers) -> bool:
+    """Whether perplexity and distinct-4 stay within their multiples of the patient's, on the same prompts and seeds."""
+    return perplexity(answers) <= MOST_PERPLEXITY * perplexity(patient) and distinct_4(
+        answers
+    ) >= LEAST_DISTINCT * distinct_4(patient)
 
 
 def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
     """LLMdoctor at the KL that the opponent spends on the same prompts."""
-    return mixed_at_kl([arena.patient(task), *arena.points(task, CONTENDERS[DOCTOR])], opponent)
+    patient = arena.patient(task)
+    doctor = mixed_at_kl([patient, *arena.points(task, CONTENDERS[DOCTOR])], opponent)
+    doctor.keeps_text = keeps_text(doctor.answers, patient.only(list(doctor.answers), doctor.seeds).answers)
+    return doctor
 
 
 def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
@@ -225,25 +244,9 @@ def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
     mixture = equal_kl_mixture(opponent.kl, [(part.kls, part) for part in parts])
     low, high = mixture.low, mixture.high
     chosen = Chosen([low, high], clamped=mixture.clamped)
-    chosen.texts = mixture.take(Chosen([low]).texts, Chosen([high]).texts)
+    chosen.answers = mixture.take(low.answers, high.answers)
     chosen.scores = mixture.take(low.scores, high.scores)
-    chosen.kls = mixture.take(low.kls, high.kls)
     return chosen
-
-
-def _best(points: Sequence[Point], patient: Point) -> tuple[int, bool]:
-    """The place of the best setting, and whether it keeps the text."""
-    sound = [place for place, point in enumerate(points) if _keeps_text(point, patient)]
-    # Where no setting keeps the text, the gentlest is the best there is.
-    return max(sound, key=lambda place: points[place].score) if sound else 0, bool(sound)
-
-
-def _keeps_text(point: Point, patient: Point) -> bool:
-    """Whether perplexity and distinct-4 stay within their multiples of the patient's, on the same prompts."""
-    return (
-        point.perplexity <= MOST_PERPLEXITY * patient.perplexity
-        and point.distinct_4 >= LEAST_DISTINCT * patient.distinct_4
-    )
 
 
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
@@ -266,6 +269,8 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "doctor_distinct_4": doctor.distinct_4,
         "clamped": doctor.clamped,
         "keeps_text": method.keeps_text,
+        "doctor_keeps_text": doctor.keeps_text,
+        "by_seed": [100 * sum(seed) / len(seed) for seed in zip(*outcomes.values(), strict=True)],
     }
 
 

@@ -94,6 +94,11 @@ def load_model(
     return LoadedModel(model=model, tokenizer=tokenizer, spec=spec, fingerprint=fingerprint)
 
 
+def stored_weights_fingerprint(spec: str) -> str:
+    """The `model` fingerprint that `load_model(spec)` would have, without loading it."""
+    return _stored_weights_fingerprint(_locate(spec, None))
+
+
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Hash of every parameter's name, dtype, shape and bits, as they are in memory; tied weights count once."""
     named = sorted(model.named_parameters(), key=lambda item: item[0])

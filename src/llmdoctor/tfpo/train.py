@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -290,6 +290,11 @@ def recorded(config: TFPOConfig) -> dict[str, Any]:
     return {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
 
 
+def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a doctor's card says of its training, all that decides what it learned."""
+    return {name: value for name, value in training.items() if name != "round_batch_size"}
+
+
 def lora_arguments(model: Any, options: DoctorOptions) -> dict[str, Any]:
     """`peft.LoraConfig` arguments: every linear layer of the upper `lora_layers` share of the decoder."""
     from torch import nn
@@ -336,7 +341,7 @@ def _claim_checkpoints(folder: Path, config: DoctorConfig, resume: bool) -> Path
     current = {
         "base": digest(config.base_fingerprint),
         "rewards": digest(config.rewards_fingerprint),
-        "settings": digest(config.training),
+        "settings": digest(decisive(config.training)),
     }
     marker = folder / "fingerprint.json"
     if not resume:

@@ -91,7 +91,7 @@ class _Table:
         self.prompts = max(row["prompts"] for row in rows)
         self.seeds = max(row["seeds"] for row in rows)
         self.clamped = any(row["clamped"] for row in rows)
-        self.broken = not all(row["keeps_text"] for row in rows)
+        self.broken = not all(row["keeps_text"] and row["doctor_keeps_text"] for row in rows)
 
 
 @dataclass(frozen=True)
