@@ -141,6 +141,24 @@ def test_moved_weights_are_noticed(model: Any) -> None:
 
 
 @torch.inference_mode(False)
+def test_an_adapter_put_in_after_decoding_is_heard_and_can_be_trained(tiny_folder: Path) -> None:
+    """Nothing moves when PEFT wraps the layers; the fast form of before would go on saying what the bare model says."""
+    patient = load(tiny_folder)
+    request = Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=12, temperature=0))
+    bare = GuidedDecoder(patient).generate([request])[0].token_ids
+    shaken(Doctor.from_base(patient, lora=LORA, seed=1))
+    with_adapter = GuidedDecoder(patient).generate([request])[0].token_ids
+    prompt = GuidedDecoder(patient).encoder.prompt_ids(request.messages)
+    ids = torch.tensor([prompt + with_adapter])
+    logits = patient.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == with_adapter != bare
+    logits.logsumexp(-1).sum().backward()
+    gradients = [each.grad for each in patient.model.parameters() if each.requires_grad]
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def test_biases_are_copies_whose_changes_are_noticed() -> None:
     parts = [torch.nn.Linear(4, 6), torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(4, 2)]

@@ -14,12 +14,14 @@ from llmdoctor.errors import UserError
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": float("nan")}, r"temperature must be 0 \(greedy\) or at least 1e-05, got nan"),
         ({"top_k": -1}, r"top_k must be at least 0 \(0 is off\), got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
-        ({"stop": ("",)}, "stop must be made of non-empty strings, got"),
+        ({"temperature": 1e-39}, r"temperature must be 0 \(greedy\) or at least 1e-05, got 1e-39"),
+        ({"stop": ("",)}, "stop must be a list of non-empty strings, got"),
+        ({"stop": "the"}, "stop must be a list of non-empty strings, got 'the'"),
     ],
 )
 def test_sampling_params_check_themselves(options: dict[str, Any], message: str) -> None:

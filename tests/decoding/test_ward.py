@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.tiny import fresh_doctor, shaken
+from tests.tiny import fresh_doctor, save_tiny, shaken
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from llmdoctor.decoding import engine
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.ward import Ward
@@ -215,6 +217,26 @@ def test_no_memory_for_a_single_row(decoder: GuidedDecoder, monkeypatch: pytest.
         decoder.generate(requests())
 
 
+def test_a_row_that_is_alone_is_tried_once_more(
+    decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One step fails, perhaps for what other rows left behind: with all memory free again it goes on."""
+    inner, steps = Lane.step_states, 0
+
+    def step(self: Lane, tokens: Tensor, active: Any = None) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, tokens, active)
+
+    (expected,) = decoder.generate(requests()[1:2])
+    monkeypatch.setattr(Lane, "step_states", step)
+    same(decoder.generate(requests()[1:2])[0], expected)
+    assert steps > 5
+    assert [record.getMessage() for record in caplog.records] == ["Out of memory: going on with 1 rows at a time."]
+
+
 def test_a_prompt_that_memory_cannot_hold_ends_alone(
     decoder: GuidedDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -386,3 +408,53 @@ def test_rows_that_end_as_memory_does_are_reported(decoder: GuidedDecoder, monke
     for one, other in zip(expected, Patience({}).generate(decoder, requests()), strict=True):
         same(one, other)
     assert failures == 1
+
+
+def test_what_a_doctors_logits_are_up_to_does_not_decide_how_hard_repetition_is_penalised(
+    tiny_folder: Path, patient: LoadedModel
+) -> None:
+    """All of them 20 higher or lower are the same distribution, in the product form, too."""
+    doctor = load_model(str(tiny_folder), dtype="float32", device="cpu")
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for parameter in doctor.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def answers(constant: float) -> list[list[int]]:
+        decoder = GuidedDecoder(patient, [Guide("g", doctor)])
+        lane = decoder.lanes[1]
+        lane.head = copy.copy(lane.head)
+        lane.head.finish = lambda logits: logits + constant
+        asked = [
+            Request.from_text("Hi", betas={"g": 1.0}, sampling=SamplingParams(max_new_tokens=20, seed=seed, **options))
+            for seed in range(4)
+            for options in ({"repetition_penalty": 1.3}, {})
+        ]
+        return [done.token_ids for done in decoder.generate(asked)]
+
+    assert answers(0.0) == answers(20.0) == answers(-20.0)
+
+
+def test_who_is_not_guided_draws_the_same_beside_a_doctor_of_fewer_tokens(
+    tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The patient has 40 columns of padding behind its tokens, which the doctor lacks."""
+    wide = load_model(str(save_tiny(tmp_path / "wide", tiny_tokenizer, extra_rows=40)), dtype="float32", device="cpu")
+    doctor = load_model(str(tiny_folder), dtype="float32", device="cpu")
+    decoder = GuidedDecoder(wide, [Guide("g", doctor)])
+    decoder.encoder.stop_ids = frozenset()
+    asked = [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=20, seed=seed)) for seed in range(6)]
+    guided = Request.from_text("Hi", betas={"g": 1.0}, sampling=SamplingParams(max_new_tokens=20))
+    together = decoder.generate([*asked, guided])[:6]
+    for one, other in zip(decoder.generate(asked), together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.patient_logps == pytest.approx(other.patient_logps, abs=1e-3)
+
+
+def test_a_seed_of_numpys_is_a_seed(decoder: GuidedDecoder) -> None:
+    asked = [
+        Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=5, seed=seed))
+        for seed in (7, np.int64(7), np.random.default_rng(0).integers(1 << 31, 1 << 62))
+    ]
+    first, second, _ = decoder.generate(asked)
+    assert first.token_ids == second.token_ids

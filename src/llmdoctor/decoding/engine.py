@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
 from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
-from llmdoctor.decoding.lane import context_of
+from llmdoctor.decoding.lane import context_of, text_config
 from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
@@ -83,6 +83,11 @@ class GuidedDecoder:
         self.max_batch_size = max_batch_size
         self.tally = Tally()
         self.context = min(context_of(lane.model) for lane in self.lanes)
+        # The same with and without doctors that are listened to, or a row's draws would depend on its neighbours.
+        self._width = min(
+            lane.head.linear.weight.shape[0] if lane.translation is None else lane.translation.width
+            for lane in self.lanes
+        )
 
     def generate(
         self,
@@ -147,6 +152,8 @@ class GuidedDecoder:
         draft = self._draft if guided or isinstance(self._draft, DraftModel) else None
         ward = Ward(lanes, self.names, self.mixture if guided else _UNGUIDED, draft)
         size = self.max_batch_size
+        # That failed by itself, and has taken no step since.
+        stuck: Row | None = None
         while True:
             if cancelled is not None:
                 given_up = [row for row in (*ward.rows, *waiting) if not row.done and cancelled(row.index)]
@@ -179,10 +186,14 @@ class GuidedDecoder:
                 if not is_out_of_memory(error):
                     raise
                 back = list(dict.fromkeys([*ward.rows, *new]))
-                if len(back) == 1 and not back[0].done:
+                alone = back[0] if len(back) == 1 and not back[0].done else None
+                if alone is not None and (new or alone is stuck):
                     give_up(back[0], error, alone=len(batch) == 1)
                     # Its length was the reason, not how many rows there were.
                     size = self.max_batch_size
+                elif alone is not None:
+                    # What other rows left behind, or a copy, may have been too much: once more with all memory free.
+                    stuck, size = alone, 1
                 else:
                     size = max(1, len(back) // 2)
                 waiting.extendleft(reversed([row for row in back if not row.done]))
@@ -190,13 +201,17 @@ class GuidedDecoder:
                 ward.clear()
             else:
                 finished = [row for row in ward.rows if row.done and not row.reported]
+                if not new:
+                    stuck = None
                 continue
             # Out here the error, and with it the frames that hold the tensors, is gone.
             let_go(size)
 
     def _draw(self, ward: Ward, guided: bool) -> None:
         """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
-        tree, guesses = ward.tree, ward.guesses.tolist()
+        tree = ward.tree
+        # Asking for them waits for the whole pass.
+        guesses = ward.guesses.tolist() if tree.guesses else []
         drawn: list[list[int]] = [[] for _ in ward.rows]
         nodes: list[list[int]] = [[] for _ in ward.rows]
         at = {place: 0 for place, row in enumerate(ward.rows) if not row.done}
@@ -231,9 +246,8 @@ class GuidedDecoder:
 
     def _draw_block(self, ward: Ward, logits: list[Tensor], places: list[int], guided: bool) -> list[int]:
         """Draw and book a token for the rows at `places` from each lane's logits [M, b, V]; returns the tokens."""
-        width = min(tensor.shape[-1] for tensor in logits)
         device = logits[0].device
-        logits = [tensor[..., :width].to(device) for tensor in logits]
+        logits = [tensor[..., : self._width].to(device) for tensor in logits]
         # Views where the rows stand side by side.
         whole = slice(places[0], places[-1] + 1)
         rows = [ward.rows[place] for place in places]
@@ -291,10 +305,11 @@ def _check_lanes(lanes: Sequence[LaneSpec]) -> None:
                 "guesses cannot be made beside a doctor of another vocabulary: a text that goes on may be split "
                 "otherwise, so several of them cannot be checked in one pass; leave draft or doctor out"
             )
-        if not sees_everything(new_cache(lane.model.config, 0)):
+        config = text_config(lane.model)
+        if not sees_everything(new_cache(config, 0), config):
             raise UserError(
-                f"guesses cannot be made with {name}: it has layers that see a window or a state, from which guesses "
-                "that do not hold cannot be taken back; leave the draft out"
+                f"guesses cannot be made with {name}: it has layers that see a window or a state, or counts distances "
+                "in columns (ALiBi), so guesses that do not hold cannot be taken back; leave the draft out"
             )
 
 

@@ -7,13 +7,14 @@ tokens side by side, D hidden size, V vocabulary. What is [M·B, …] has the ro
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.cache import new_cache, sees_everything
+from llmdoctor.decoding.cache import InPlaceLayer, new_cache, sees_everything
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
@@ -74,6 +75,11 @@ class Lane:
     def _set_up(self, spec: LaneSpec, room: int) -> None:
         self._spec = spec
         self._decoder = spec.model.get_decoder()
+        self._config = text_config(spec.model)
+        if "past_key_values" not in inspect.signature(type(self._decoder).forward).parameters:
+            raise UserError(
+                f"{type(spec.model).__name__} keeps what it has read in a state of its own kind, which is not supported"
+            )
         self._network = network_of(self._decoder)
         self._group = 1 if self._network is None else self._network.group
         self._head = spec.head
@@ -106,7 +112,7 @@ class Lane:
     @property
     def sees_everything(self) -> bool:
         """Whether its attention is full in every layer, so that rows may come, go and sit out at will."""
-        return sees_everything(self._cache)
+        return sees_everything(self._cache, self._config)
 
     @property
     def has_holes(self) -> bool:
@@ -168,7 +174,12 @@ class Lane:
         spread = self._spread(index, len(self._mask))
         self._mask = self._mask[index]
         for number, layer in enumerate(self._cache.layers):
-            layer.batch_select_indices(spread if self._is_forked(number) else index)
+            which = spread if self._is_forked(number) else index
+            if isinstance(layer, InPlaceLayer):
+                layer.batch_select_indices(which)
+            else:
+                # transformers' layers with a state have no other way to choose rows.
+                layer.reorder_cache(which)
 
     def grow(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
         """Hidden states [M·B, K, D] after K tokens that hang on a tree, in one pass.
@@ -338,10 +349,10 @@ class Lane:
 
     def need_full_attention(self) -> None:
         """UserError for a model whose attention is not full in every layer."""
-        if not sees_everything(self._cache):
+        if not self.sees_everything:
             raise UserError(
-                f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text; this "
-                "method needs full attention in every layer"
+                f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text, or "
+                "counts distances in columns (ALiBi); this method needs full attention in every layer"
             )
 
     def _is_forked(self, number: int) -> bool:
@@ -376,5 +387,9 @@ def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
 
 def context_of(model: Any) -> int:
     """Tokens that `model` can see at once, as its config says; 2³⁰ where it says nothing."""
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    return int(getattr(text_config(model), "max_position_embeddings", None) or 1 << 30)
+
+
+def text_config(model: Any) -> Any:
+    """The config of the part of `model` that reads text; of a draft model, which has one part, its own."""
+    return getattr(model.config, "get_text_config", lambda: model.config)()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmdoctor.decoding.controls import Controls
@@ -29,9 +30,21 @@ class Mixture:
 
     def scores(self, logits: Sequence[Tensor], controls: Controls) -> Tensor:
         """log π_dec [B, V] up to a constant per row, before warpers, from each lane's logits [M, B, V]."""
-        guides = [logits[lane][voice] for lane, voice in self.guides]
-        references = [None if at is None else logits[at[0]][at[1]] for at in self.references]
+        guides = [_settled(logits[lane][voice], controls) for lane, voice in self.guides]
+        references = [None if at is None else _settled(logits[at[0]][at[1]], controls) for at in self.references]
         return guided_scores(logits[0][0].float(), guides, controls.alpha, controls.betas, references)
+
+
+def _settled(logits: Tensor, controls: Controls) -> Tensor:
+    """A guide's logits; where repetition is penalised, which goes by the sign of the scores, its log-probabilities.
+
+    Their constant means nothing, and must not decide how hard a token is penalised. The patient's own is left, so that
+    without a guide the penalty is what it is elsewhere.
+    """
+    if not controls.penalises:
+        return logits
+    logits = logits.float()
+    return torch.where((controls.penalty != 1)[:, None], logits.log_softmax(-1), logits)
 
 
 def warped(scores: Tensor, controls: Controls, seen: Tensor | None = None) -> Tensor:

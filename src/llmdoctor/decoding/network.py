@@ -164,7 +164,8 @@ class Network:
             [M·B, t, D] last hidden states, voice by voice.
         """
         hidden = ids if ids.is_floating_point() else F.embedding(ids, self._embedding)
-        cos, sin = self._rotation(positions)
+        # No row has more tokens than the cache has columns, which is known without asking the device.
+        cos, sin = self._rotation(positions, mask.shape[-1])
         bias = self._bias(mask, ids.shape[1], hidden.dtype)
         fork = len(self._blocks) if shared is None else shared
         for number, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
@@ -211,11 +212,8 @@ class Network:
         gate, up = _adapted(block.gate_up, normed, deltas, "gate_up").chunk(2, dim=-1)
         return hidden + _adapted(block.down, F.silu(gate) * up, deltas, "down")
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, t] -> cos and sin [B, t, 1, d], the sine's first half negated: then turning needs no negation."""
-        longest = (
-            int(positions.max()) + 1 if positions.device.type == "cpu" else self._rotary.config.max_position_embeddings
-        )
+    def _rotation(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """[B, t] < longest -> cos and sin [B, t, 1, d], the sine's first half negated: turning needs no negation."""
         if self._angles is None or len(self._angles[0]) < longest:
             count = max(longest, 2 * (0 if self._angles is None else len(self._angles[0])), 512)
             every = torch.arange(count, device=positions.device)[None]
@@ -247,13 +245,15 @@ def network_of(decoder: Any) -> Network | None:
     It takes Llama, Mistral, Qwen2 and Qwen3 models of plain linear layers on one device, with full attention and
     without hooks. Its weights are the model's own: making it copies one layer at a time and keeps no copy.
     """
-    known = _NETWORKS.get(decoder)
-    if known is not None and not known.stale:
-        return known
+    # Asked every time: an adapter may have been put in, or a hook, without a weight having moved.
     if not _fits(decoder):
         return None
-    network = Network(decoder)
-    _NETWORKS[decoder] = network
+    network = _NETWORKS.get(decoder)
+    if network is None or network.stale:
+        # Weights that become views in inference mode could carry no gradient ever after; such as they are, they stay.
+        with torch.inference_mode(decoder.embed_tokens.weight.is_inference()):
+            network = Network(decoder)
+        _NETWORKS[decoder] = network
     return network
 
 

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from llmdoctor.errors import UserError
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it scores over it are no longer finite; the most likely token is drawn long before."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,12 +42,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 0, "at least 0"),
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (
+                self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
+                f"0 (greedy) or at least {LEAST_TEMPERATURE:g}",
+            ),
             "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
-            "stop": (all(self.stop), "made of non-empty strings"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
         }
         for name, (good, expected) in checks.items():
             if not good:

@@ -68,7 +68,7 @@ class Row:
         self._encoder = encoder
         self.room = room
         # Philox keyed by the seed alone: a row's numbers do not depend on its neighbours.
-        self._random = np.random.Philox(key=request.sampling.seed % (1 << 64))
+        self._random = np.random.Philox(key=int(request.sampling.seed) % (1 << 64))
         self._keys: list[int] = []
         self._used = 0
 

@@ -83,6 +83,8 @@ def load_model(
         else:
             model = _load_folder(spec, source.path, torch_dtype, target, trust_remote_code)
             tokenizer = _load_tokenizer(spec, source.path, trust_remote_code)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{spec} does not fit into the memory of the GPUs here; give more of them, or a smaller model")
     _prepare_tokenizer(spec, tokenizer, model)
     model.eval().requires_grad_(False)
     fingerprint = {

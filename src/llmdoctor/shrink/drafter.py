@@ -121,7 +121,8 @@ def make_draft(
     if finished is not None:
         return finished
     # Refused before anything is drawn, not after hours.
-    if not sees_everything(new_cache(patient.model.config, 0)):
+    config = patient.model.config.get_text_config()
+    if not sees_everything(new_cache(config, 0), config):
         raise UserError(
             f"{type(patient.model).__name__} cannot have a draft model: it has layers that see a window or a state, "
             "from which guesses that do not hold cannot be taken back"
