@@ -73,7 +73,7 @@ class BenchOptions:
         pairs: at most so many preference pairs of a task.
         seeds: independent repetitions: each trains its own models and draws its own answers.
         max_new_tokens: longest answer.
-        epochs: passes over the pairs, the same for every trained method.
+        epochs: passes over the pairs, the same for all that is trained on them; a doctor of rounds goes by `rounds`.
         rounds: of LLMdoctor's doctors on answers of their own; 0 trains them on the pairs, `epochs` times, instead.
         rollout_tokens: how far Transfer-Q* looks ahead.
         transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
