@@ -17,6 +17,7 @@ from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.metrics import distinct_n
 from llmdoctor.evaluation.pareto import hypervolume, pareto_front
+from llmdoctor.files import digest
 
 RESAMPLES = 500
 FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
@@ -85,6 +86,19 @@ class _Scored:
     distinct_4: float
 
 
+class _Both(Kit):
+    """Of two tasks at once, whose models the kits of each make."""
+
+    def __init__(self, pair: Task, arena: Arena, kits: Sequence[Kit]) -> None:
+        super().__init__(pair, arena.options, arena.output, arena.steps)
+        self._kits = kits
+
+    @property
+    def lesson(self) -> str:
+        """Fingerprint of what both learn."""
+        return digest([kit.lesson for kit in self._kits])
+
+
 def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGTHS) -> Pareto:
     """Decode what is missing, write `pareto.json`; returns its content.
 
@@ -108,7 +122,7 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
     contenders = _contenders(arena, strengths)
     fields = zip(*(astuple(task) for task in arena.tasks), strict=True)
     pair = Task(*("+".join(both) for both in fields))
-    arena.kits.setdefault(pair.name, Kit(pair, arena.options, arena.output, arena.steps))
+    arena.kits.setdefault(pair.name, _Both(pair, arena, [arena.kits[task.name] for task in arena.tasks]))
     for seed, _ in arena.units([pair]):
         for contender in contenders:
             for setting in contender.settings:
