@@ -31,6 +31,7 @@ HELD_OUT = 0.1
 """Share of the pairs that nothing is trained on."""
 
 ROUND_BATCH = 160
+"""Answers of a round drawn together; the one number that the committed answers' recipes name."""
 
 _PAIRS: Mapping[str, Any] = {"rounds": {"rounds": 0}}
 
