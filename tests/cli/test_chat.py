@@ -82,7 +82,7 @@ def test_compare_shows_patient_and_guided_and_goes_on_with_the_guided(chat, aske
         ("/alpha nan", "/alpha takes a number, got 'nan'"),
         ("/beta kind 1", "say which doctor: /beta NAME X; loaded: positive"),
         ("/onset -1", "/onset takes a whole number from 0 to 999999, got '-1'"),
-        ("/temperature -1", "temperature must be at least 0, got -1.0"),
+        ("/temperature -1", "temperature must be 0 (greedy) or at least 1e-05, got -1.0"),
         ("7" * 600, "leaves no room"),
     ],
 )
