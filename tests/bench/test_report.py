@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -10,10 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from llmdoctor.bench.methods import CONTENDERS
+from llmdoctor.bench.report.charts import Bar, intervals
 from llmdoctor.bench.report.looks import look
 from llmdoctor.bench.report.page import render_bench_report, write_plots
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.errors import UserError
+from llmdoctor.evaluation.metrics import Interval
 from llmdoctor.evaluation.plot import Plot, ticks
 from llmdoctor.files import digest
 
@@ -711,6 +714,17 @@ def test_ticks_are_round_and_few():
     assert [text for _, text in ticks(0.21, 0.81)] == ["0.3", "0.4", "0.5", "0.6", "0.7", "0.8"]
     assert [text for _, text in ticks(990, 1310)] == ["1000", "1050", "1100", "1150", "1200", "1250", "1300"]
     assert [text for _, text in ticks(-0.3, 0.3, 4)] == ["−0.2", "0.0", "0.2"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("soup", 6), ("LLMdoctor, strength 3", 3)])
+def test_texts_of_an_axis_do_not_run_into_each_other(name, most):
+    """Letters are about 7.8 pixels wide; a long name leaves the axis little room, so it has fewer marks."""
+    bar = Bar(look("dpo"), Interval(0.29, 0.17, 0.38), "0.292 (0.170 to 0.380)")
+    drawn = str(intervals([(name, [bar])], "", ""))
+    marks = [(float(x), text) for x, text in re.findall(r'class="tick" x="([\d.]+)"[^>]*>([\d.]+)<', drawn)]
+    assert 2 <= len(marks) <= most
+    for (left, before), (right, after) in itertools.pairwise(marks):
+        assert right - left > 7.8 * (len(before) + len(after)) / 2
 
 
 def test_the_root_axis_spaces_by_square_roots():

@@ -148,7 +148,7 @@ def intervals(
     left = 24 + round(LETTER * max(len(name) for name, _ in rows))
     right = 20 + round(LETTER * max(len(row[0].text) for _, row in rows))
     plot = Plot(52 + step * len(rows), _padded(values), (0, len(rows)), label, width=WIDTH, left=left, right=right)
-    for value, _ in (marks := ticks(*plot.x_range, 6)):
+    for value, _ in (marks := _marks_apart(plot)):
         plot.line("grid", value, 0, value, len(rows))
     plot.x_axis(marks, x_title)
     if centre is not None:
@@ -165,6 +165,13 @@ def intervals(
             css = f"point {bar.look.css}{faint}" + (" hollow" if bar.faint or bar.look.hollow else "")
             plot.marker(css, bar.look.marker, bar.interval.mean, y, 4.6, f"{name}: {bar.text}")
     return plot.svg()
+
+
+def _marks_apart(plot: Plot) -> list[tuple[float, str]]:
+    """Marks of the x axis, as many of six as have room for their texts side by side; long names leave it little."""
+    room = plot.width - plot.left - plot.right
+    found = [ticks(*plot.x_range, most) for most in range(6, 1, -1)]
+    return next((marks for marks in found if room > sum(LETTER * (len(text) + 1) for _, text in marks)), found[-1])
 
 
 def dynamics(bands: Sequence[Band], label: str) -> Markup:
