@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -10,6 +12,7 @@ import pytest
 from tests.bench.tools import Told
 from tests.chat_server import Judging, Say, serving
 
+from llmdoctor.bench import record as record_module
 from llmdoctor.bench.agreement import AgreementResult, make_agreement
 from llmdoctor.bench.asking import Asking
 from llmdoctor.bench.judging import TaskJudge
@@ -108,3 +111,19 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path: Path, content: str, m
     with pytest.raises(UserError, match=message) as caught:
         read_records(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_commit_is_named_only_where_this_code_is_tracked(monkeypatch, tmp_path):
+    """This checkout has one; without git, or installed into a folder of somebody else's repository, there is none."""
+    commit = record_module._commit()
+    assert commit
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", commit)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "-C", str(tmp_path), *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(record_module, "__file__", str(tmp_path / "record.py"))
+    (tmp_path / "record.py").touch()
+    assert record_module._commit() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record_module._commit() is None

@@ -219,6 +219,9 @@ def test_one_prompt_streams_what_the_file_would_hold(good: Cli, tiny_folder: Pat
 
 def test_text_cannot_command_the_terminal() -> None:
     assert printable("a\x1b[2Jb\nc\td\x07 é") == "a\ufffd[2Jb\nc\td\ufffd é"
+    assert printable("a\u202eb\x9b31m") == "a\ufffdb\ufffd31m"
+    # A narrow space, a joined emoji, a Persian word with a joiner, a wide space.
+    assert printable(text := "10\u202f% 👩\u200d💻 می\u200cخواهم\u3000。") == text
 
 
 @pytest.mark.parametrize(

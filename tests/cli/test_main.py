@@ -139,6 +139,7 @@ def wrapped(cause: Exception) -> Exception:
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"), True),
         (wrapped(OSError(errno.ENOSPC, "full")), True),
+        (OSError(errno.EDQUOT, "over the quota"), True),
         (wrapped(OSError(errno.EACCES, "denied")), False),
         (ValueError("28"), False),
     ],

@@ -283,7 +283,10 @@ def _asked(count):
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (Say("bad temperature", status=400), "status 400: bad temperature; the model may not take these parameters"),
+        (
+            Say("bad temperature", status=400),
+            "status 400: bad temperature; if the model does not take these parameters",
+        ),
         (Say("no key", status=401), "status 401: no key; check the key in the environment variable OPENAI_API_KEY"),
         (Say("not you", status=403), "status 403: not you; the key in the environment variable OPENAI_API_KEY may not"),
         (Say(status=404, body='{"detail": "Not Found"}'), "status 404: Not Found; check the model's name and that the"),
@@ -378,6 +381,7 @@ def test_a_reply_that_never_holds_a_verdict_is_a_counted_tie(tmp_path):
         Say("I'm sorry, but I can't help with that."),
         Say("", message={"content": None, "refusal": "No."}),
         Say("", finish_reason="content_filter"),
+        Say("filtered", status=400, message={"code": "content_filter"}),
     ],
 )
 def test_a_refusal_is_a_counted_tie_and_not_asked_again(refusal):

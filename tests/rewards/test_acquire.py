@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tests.killing import JobServer
 from tests.tiny import FACES, acquire, naive_logps, pair, some_pairs
 
@@ -388,3 +389,20 @@ def test_what_is_no_store(tmp_path: Path, store: RewardStore) -> None:
 def test_options_check_themselves(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         kind(**options)
+
+
+def test_likelihoods_that_are_not_finite_end_in_one_line(
+    shared_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As zero rewards they would look like a pair of which every token is unimportant."""
+    score = FaceScorer.score
+
+    def overflowing(self, prompts, completions):
+        scored = score(self, prompts, completions)
+        scored[-1] = torch.full_like(scored[-1], math.nan)
+        return scored
+
+    monkeypatch.setattr(FaceScorer, "score", overflowing)
+    with pytest.raises(UserError, match=r"log-likelihoods of pair \d+ are not finite.*--dtype"):
+        acquire(shared_model, some_pairs(4), tmp_path / "store")
+    assert not json.loads((tmp_path / "store" / "manifest.json").read_text())["complete"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import naive_logps, some_pairs
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MistralConfig, MptConfig
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -139,6 +139,25 @@ def test_a_sliding_window_sees_through_padding(shared_model: LoadedModel) -> Non
         initializer_range=0.2,
         max_position_embeddings=512,
     )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    loaded = replace(shared_model, model=model)
+    scorer = scorer_of(loaded, "Be kind.")
+    prompts = [scorer.prompt_ids([{"role": "user", "content": text}]) for text in ("x", LONG)]
+    completions = COMPLETIONS[:2]
+    close(scorer.score(prompts, completions), naive(loaded, prompts, completions))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MptConfig(vocab_size=300, d_model=32, n_heads=4, n_layers=2, max_seq_len=512, initializer_range=0.2),
+        GPTNeoConfig(vocab_size=300, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["local"], 2]],
+                     window_size=24, max_position_embeddings=512, initializer_range=0.2),
+    ],
+    ids=["distances in columns", "a window that its cache does not tell"],
+)  # fmt: skip
+def test_columns_that_a_model_counts_are_not_put_between_prefix_and_prompt(shared_model: LoadedModel, config) -> None:
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     loaded = replace(shared_model, model=model)
     scorer = scorer_of(loaded, "Be kind.")

@@ -82,6 +82,8 @@ class Arena:
         if len({task.name for task in self.tasks}) != len(self.tasks):
             raise UserError(f"two tasks share a name: {', '.join(task.name for task in self.tasks)}")
         self.prompts = load_prompts(options.prompts, limit=options.prompt_count)
+        if len(self.prompts) < 2:
+            raise UserError(f"{options.prompts} holds one prompt; a comparison needs at least two")
         self.kits = {task.name: Kit(task, options, output / MODELS_FOLDER, steps) for task in self.tasks}
         self.cells = Cells(output / RAW_FOLDER, options, self.prompts, self.kits, steps)
         self._judges: dict[str, TaskJudge] = {}

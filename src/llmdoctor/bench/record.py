@@ -120,13 +120,19 @@ def _task_record(task: Task) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from; None for an installed package."""
     here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    if head.returncode:
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie in a folder of somebody's own repository, which does not track it.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", str(here.parent)], cwd=here, capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    head = git("rev-parse", "HEAD")
+    return head and head + ("+changes" if git("status", "--porcelain", "--", str(here.parent)) else "")
 
 
 def _version(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -173,7 +174,14 @@ def show_stream(pieces: Iterator[str]) -> Completion:
 
 def printable(text: str) -> str:
     """Text without characters that a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    return "".join("\ufffd" if _commands(letter) else letter for letter in text)
+
+
+def _commands(letter: str) -> bool:
+    """Control characters, lone surrogates and direction overrides; spaces and joiners of any script are text."""
+    return letter not in "\n\t" and (
+        unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in "\u202a\u202b\u202d\u202e"
+    )
 
 
 def _judge(folder: Path | None, patient: LoadedModel) -> Readout | None:

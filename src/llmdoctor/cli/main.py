@@ -51,7 +51,7 @@ _CLICK_ERROR = typer.BadParameter.__mro__[2]
 _CANNOT_USE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
-_FULL = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing file")
+_FULL = ("No space left on device", "Disk quota exceeded", "StorageFull", "PytorchStreamWriter failed writing file")
 
 
 def _show_version(value: bool) -> None:
@@ -132,7 +132,7 @@ def _user_line(error: Exception, session: Run) -> str | None:
 def _is_disk_full(error: BaseException) -> bool:
     """Whether a full disk is at the root; torch, safetensors and Parquet wrap or reword the system's error."""
     return any(
-        getattr(cause, "errno", None) == errno.ENOSPC or any(text in str(cause) for text in _FULL)
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(cause) for text in _FULL)
         for cause in _causes(error)
     )
 

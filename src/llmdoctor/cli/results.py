@@ -59,8 +59,9 @@ class ResultFile:
     def finish(self, count: int) -> None:
         """Write rows 0 … count − 1 in order, and the recipe; the partial file goes."""
         rows = [self.rows[number] for number in range(count)]
-        write_text(self.target, "".join(_line(row) for row in rows))
+        # In this order: a target without a recipe would be taken for somebody else's.
         write_json(self.recipe_path, self.recipe)
+        write_text(self.target, "".join(_line(row) for row in rows))
         self.partial.unlink(missing_ok=True)
 
     def _append(self, value: Any) -> None:

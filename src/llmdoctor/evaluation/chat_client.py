@@ -18,7 +18,7 @@ from llmdoctor.evaluation.judge_cache import Reply
 _LONGEST_BACKOFF_S = 60.0
 
 _WHAT_TO_DO = {
-    400: "the model may not take these parameters: change or remove them",
+    400: "if the model does not take these parameters, change or remove them (--judge-params)",
     401: "check the key in the environment variable {key}",
     403: "the key in the environment variable {key} may not use this model",
     404: "check the model's name and that the base URL ends where /chat/completions begins (often in /v1)",
@@ -110,8 +110,11 @@ class ChatClient:
             "does the URL serve the OpenAI chat API?",
         )
 
-    def _refused(self, error: Any) -> _Failure:
+    def _refused(self, error: Any) -> Reply | _Failure:
         status, said = int(error.status_code), _server_message(error)
+        if status == 400 and error.code == "content_filter":
+            # Azure's filter says so by an error; another question may pass, this one never will.
+            return Reply(_one_line(said), declined=True, input_tokens=0, output_tokens=0, metered=False)
         # An account without money answers 429 for ever.
         passing = status in (408, 409, 425, 429) or status >= 500
         if not passing or error.code == "insufficient_quota":

@@ -56,19 +56,27 @@ class PackedPairs:
         return values.flatten(0, 1).index_select(0, flat).unflatten(0, self.states.shape)
 
 
-def can_pack(model: Any) -> bool:
-    """Whether a causal LM reads packed rows as it reads the responses alone.
+def reads_over_gaps(model: Any) -> bool:
+    """Whether masked columns in the middle of a causal LM's row change nothing of what it reads.
 
-    It does where every layer is full attention, positions are rotary and the mask is added to the scores as it is
-    given. A sliding window counts the columns of the chosen response against the rejected one, a recurrent layer has
-    no mask to hide them with, ALiBi counts columns as distance, flash kernels take no such mask, and of code that is
-    not transformers' own nothing is known: such models read two rows a pair.
+    It is so where every layer is full attention and positions are rotary. A sliding window counts the columns, ALiBi
+    takes them for distance, a recurrent layer goes through them, and of code that is not transformers' own nothing is
+    known.
     """
     config, decoder = model.config.get_text_config(), model.get_decoder()
     return (
         all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        and config._attn_implementation in ("eager", "sdpa")
         and hasattr(decoder, "rotary_emb")
         and not getattr(config, "alibi", False)
         and type(decoder).__module__.startswith("transformers.")
     )
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a causal LM reads packed rows as it reads the responses alone.
+
+    It does where it `reads_over_gaps`, as the rejected response does over the chosen one, and adds the mask to the
+    scores as it is given: flash kernels take no such mask. Other models read two rows a pair.
+    """
+    implementation = model.config.get_text_config()._attn_implementation
+    return implementation in ("eager", "sdpa") and reads_over_gaps(model)

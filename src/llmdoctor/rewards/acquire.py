@@ -301,6 +301,11 @@ class _ShardWriter:
                     "dimension": item.pair.dimension,
                 }
                 for number, side in enumerate(SIDES):
+                    if not all(face[2 * place + number].isfinite().all() for face in scored):
+                        raise UserError(
+                            f"the patient's log-likelihoods of pair {item.index + 1} are not finite: it may overflow "
+                            "in this dtype; try --dtype bfloat16 or float32"
+                        )
                     completion = item.sides[number]
                     row[f"{side}_ids"] = completion.ids
                     row[f"{side}_tokens"] = self.encoder.token_texts(completion.ids)

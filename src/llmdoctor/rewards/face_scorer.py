@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.logps import LogitsHead, per_token_logps, position_ids
-from llmdoctor.models.packing import PackedPairs, can_pack
+from llmdoctor.models.packing import PackedPairs, can_pack, reads_over_gaps
 
 SPARE = 1.1
 """Padded tokens over real ones, above which a forward pass on a CPU is split."""
@@ -38,9 +37,8 @@ class FaceScorer:
         self.encoder = encoder
         self.head = head
         self.system = system
-        # Shorter prompts are padded between the shared prefix and the rest. A sliding window counts those columns, so
-        # it would forget the prefix too early.
-        self._prefix = [] if _slides(model) else self._shared_prefix()
+        # Shorter prompts are padded between the shared prefix and the rest.
+        self._prefix = self._shared_prefix() if reads_over_gaps(model) else []
         self._prefix_cache: Any = None
         if self._prefix:
             with torch.inference_mode():
@@ -148,10 +146,6 @@ class FaceScorer:
         while length < min(len(one), len(other)) and one[length] == other[length]:
             length += 1
         return one[:length]
-
-
-def _slides(model: Any) -> bool:
-    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers)
 
 
 def _pad_left(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:

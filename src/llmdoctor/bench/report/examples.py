@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
                     found[answer["prompt"]] = answer
                 if len(found) == _PROMPTS:
                     break
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
         raise UserError(f"{path} is broken ({error!r}); delete it and run the bench again") from error
     return found
 
