@@ -128,7 +128,7 @@ def test_a_doctor_on_another_base_learns_from_what_the_patient_says_under_its_gu
     drawn = draw_answers(doctor, conversations, list(range(6)), 9, 3, patient=patient)
     assert {name: tensor for name, tensor in before.items() if not torch.equal(tensor, tensors(doctor)[name])} == {}
 
-    guide = load_guide(tmp_path / "doctor", patient, name="kind")
+    guide = load_guide(tmp_path / "doctor", patient, name="kind", dtype="float32")
     asked = [
         Request(messages, betas={"kind": 1.0}, sampling=SamplingParams(max_new_tokens=9, seed=seed))
         for seed, messages in enumerate(conversations)
