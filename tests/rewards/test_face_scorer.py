@@ -125,38 +125,19 @@ def test_the_prefix_cache_is_not_used_up(shared_model: LoadedModel) -> None:
     assert all(a.equal(b) for a, b in zip(first, scorer.score(prompts, COMPLETIONS[:1]), strict=True))
 
 
-def test_a_sliding_window_sees_through_padding(shared_model: LoadedModel) -> None:
-    """A window counts columns, not tokens: padding between a shared prefix and the rest would push the prefix out."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=24,
-        initializer_range=0.2,
-        max_position_embeddings=512,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    loaded = replace(shared_model, model=model)
-    scorer = scorer_of(loaded, "Be kind.")
-    prompts = [scorer.prompt_ids([{"role": "user", "content": text}]) for text in ("x", LONG)]
-    completions = COMPLETIONS[:2]
-    close(scorer.score(prompts, completions), naive(loaded, prompts, completions))
-
-
 @pytest.mark.parametrize(
     "config",
     [
+        MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, sliding_window=24, max_position_embeddings=512, initializer_range=0.2),
         MptConfig(vocab_size=300, d_model=32, n_heads=4, n_layers=2, max_seq_len=512, initializer_range=0.2),
         GPTNeoConfig(vocab_size=300, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["local"], 2]],
                      window_size=24, max_position_embeddings=512, initializer_range=0.2),
     ],
-    ids=["distances in columns", "a window that its cache does not tell"],
+    ids=["a sliding window", "distances in columns", "a window that its cache does not tell"],
 )  # fmt: skip
 def test_columns_that_a_model_counts_are_not_put_between_prefix_and_prompt(shared_model: LoadedModel, config) -> None:
+    """In a window padding there would push the prefix out; ALiBi would take it for distance."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     loaded = replace(shared_model, model=model)
