@@ -17,6 +17,7 @@ from tests.cli.harness import CPU, Cli, write_jsonl
 from tests.tiny import OTHER_CORPUS, byte_level, save_tiny
 from torch import Tensor
 
+from llmdoctor.cli import results
 from llmdoctor.cli.doctors import DoctorArgument
 from llmdoctor.cli.generate import printable, show_stream
 from llmdoctor.cli.results import ResultFile
@@ -215,6 +216,33 @@ def test_one_prompt_streams_what_the_file_would_hold(good: Cli, tiny_folder: Pat
     prompts.write_text("Hello\n")
     good("generate", "--prompts", prompts, "-o", tmp_path / "a.jsonl", *greedy)
     assert good("generate", "Hello", *greedy).out == printable(read(tmp_path / "a.jsonl")[0]["text"]) + "\n"
+
+
+@pytest.mark.parametrize("failing", ["write_json", "write_text"])
+def test_a_run_that_dies_while_it_finishes_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Over a file made in another way, and with a full disk at either of the two writes: the same command goes on."""
+    target = tmp_path / "out.jsonl"
+    with ResultFile(target, {"fingerprint": {"patient": "old"}}) as old:
+        old.add(0, {"text": "old"})
+        old.finish(1)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    recipe = {"fingerprint": {"patient": "new"}}
+    with monkeypatch.context() as patch, ResultFile(target, recipe, overwrite=True) as new:
+        new.add(0, {"text": "new"})
+        patch.setattr(results, failing, full)
+        with pytest.raises(OSError, match="No space"):
+            new.finish(1)
+    with ResultFile(target, recipe) as again:
+        assert not again.finished
+        assert again.rows == {0: {"text": "new"}}
+        again.finish(1)
+    assert read(target) == [{"text": "new"}]
+    assert ResultFile(target, recipe).finished
 
 
 def test_text_cannot_command_the_terminal() -> None:

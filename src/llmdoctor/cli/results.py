@@ -59,7 +59,9 @@ class ResultFile:
     def finish(self, count: int) -> None:
         """Write rows 0 … count − 1 in order, and the recipe; the partial file goes."""
         rows = [self.rows[number] for number in range(count)]
-        # In this order: a target without a recipe would be taken for somebody else's.
+        # In this order a kill leaves no target beside a recipe that is not its own: without a target, what the partial
+        # file holds is taken up again.
+        self.target.unlink(missing_ok=True)
         write_json(self.recipe_path, self.recipe)
         write_text(self.target, "".join(_line(row) for row in rows))
         self.partial.unlink(missing_ok=True)
