@@ -185,6 +185,31 @@ def test_files_named_after_splits_are_chosen_by_the_split(tmp_path: Path) -> Non
     assert message_of(tmp_path, split="dev") == expected
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/pairs.jsonl", "test/pairs.jsonl"),
+        ("harmless/training/1.jsonl", "harmless/my-test_2/1.jsonl"),
+        ("train/pairs.jsonl", "test/train_sft.jsonl"),
+        ("my_train.jsonl", "my_eval.jsonl"),
+        ("hh/Train.jsonl", "hh/test 1/0.jsonl"),
+    ],
+)
+def test_what_is_held_out_by_a_name_is_not_trained_on(tmp_path: Path, train: str, test: str) -> None:
+    write(tmp_path / "test" / train, lines(rows(2)[0]))
+    write(tmp_path / "test" / test, lines(rows(2)[1]))
+    assert list(load_preferences(tmp_path / "test")) == pairs(2)[:1]
+    assert list(load_preferences(tmp_path / "test", split="test")) == pairs(2)[1:]
+    assert message_of(tmp_path / "test", split="dev").endswith("no files of the split 'dev', there is test, train")
+
+
+def test_all_words_for_a_split_are_one(tmp_path: Path) -> None:
+    write(tmp_path / "dev" / "a.jsonl", lines(rows(2)[0]))
+    write(tmp_path / "valid.jsonl", lines(rows(2)[1]))
+    for split in ("dev", "validation"):
+        assert list(load_preferences(tmp_path, split=split)) == pairs(2)
+
+
 def test_on_bad_says_what_is_dropped_and_what_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     twin = {"prompt": "a", "chosen": "b", "rejected": "b"}
     path = write(tmp_path / "p.jsonl", lines("{", rows(2)[0], twin, twin, {"prompt": "a"}, rows(2)[1]))

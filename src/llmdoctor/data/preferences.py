@@ -40,7 +40,8 @@ def load_preferences(
 
     source: a .json, .jsonl (either may be .gz) or .parquet file, a folder of them, `builtin:NAME`, or a data set on the
         Hugging Face hub: `owner/name`, optionally with `/folder`, `:config` and `@revision` after it.
-    split: of a hub data set, or of a folder whose files are named after splits; a single file is read whole.
+    split: of a hub data set, or of a folder whose files or sub-folders are named after splits; a single file is read
+        whole.
     format: `standard`, `hh`, `pku`, `ultrafeedback`, or `auto` to tell by the first row.
     dimension: keep only pairs with this label; pairs without a label are given it.
     limit: at most so many pairs. streaming: False downloads a hub data set before it is read.

@@ -47,7 +47,7 @@ class RowSource(Protocol):
 def open_rows(source: str | os.PathLike[str], *, split: str, streaming: bool) -> RowSource:
     """Rows of a file, a folder of files, `builtin:NAME`, or a hub data set `owner/name[/folder][:config][@revision]`.
 
-    `split` picks the files of a folder that are named after splits, or the split of a hub data set; a single file is
+    `split` picks the files of a folder whose names tell a split, or the split of a hub data set; a single file is
     read whole. `streaming=False` downloads a hub data set first. UserError if there is no such source.
     """
     text = os.fspath(source)
@@ -329,12 +329,17 @@ def _builtin_file(name: str) -> Path:
     return files[stem]
 
 
-_SPLIT_WORDS = frozenset({"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"})
+# The words by which `datasets` knows a split in a name, and the split that each stands for.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Data files under a folder: those named after `split` (`train.jsonl`, `train-00000-of-00002.parquet`), or all
-    where no file is named after a split.
+    """Data files under a folder: those that are named after `split` or lie in a folder that is, or all where no name
+    tells a split.
     """
     with reading(folder):
         files = sorted(
@@ -348,10 +353,29 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         )
     if not files:
         raise UserError(f"{folder}: no data files in this folder, expected some of {', '.join(ROW_SUFFIXES)}")
-    names = {path: re.split(r"[-.]", path.name, maxsplit=1)[0] for path in files}
-    splits = {name for name in names.values() if name.lower().split("_")[0] in _SPLIT_WORDS}
-    if not splits:
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    found = {name for name in splits.values() if name}
+    if not found:
         return files
-    if split not in splits:
-        raise UserError(f"{folder}: no files of the split {split!r}, there is {', '.join(sorted(splits))}")
-    return [path for path in files if names[path] == split]
+    wanted = _SPLITS.get(split, split)
+    if wanted not in found:
+        raise UserError(f"{folder}: no files of the split {split!r}, there is {', '.join(sorted(found))}")
+    return [path for path in files if splits[path] == wanted]
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a path inside a folder tells, as `datasets` reads it: by a word of the innermost folder that has
+    one (`hh/test`, `dev-2`), else of the file's name (`train-00000-of-00002.parquet`, `my_test.jsonl`).
+
+    What the hub's files append to the word is a split of its own: `train_sft-00000-of-00001.parquet`.
+    """
+    for folder in reversed(path.parts[:-1]):
+        if split := _split_word(folder):
+            return split
+    own = re.match(r"([a-z]+)_[a-z]\w*", path.name.lower())
+    return own[0] if own and own[1] in _SPLITS else _split_word(path.name)
+
+
+def _split_word(name: str) -> str | None:
+    words = re.split(r"[-._ 0-9]+", name.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
