@@ -76,6 +76,13 @@ def test_a_prompt_longer_than_the_context(cli: Cli, good: Cli, tiny_folder: Path
     assert "leaves no room" in refused(cli, "generate", "7" * 600, "--patient", tiny_folder, *CPU)
 
 
+@pytest.mark.parametrize("arguments", [("caf\udce9",), ("Hi", "--system", "caf\udce9")])
+def test_arguments_that_are_not_utf8(cli: Cli, tiny_folder: Path, arguments: tuple[str, ...]) -> None:
+    """Python hands on the byte 0xe9 as half of a surrogate pair."""
+    line = refused(cli, "generate", *arguments, "--patient", tiny_folder, *CPU)
+    assert r"'caf\udce9' is not text in UTF-8" in line
+
+
 @pytest.fixture(scope="module")
 def other_vocabulary(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with one more token."""

@@ -93,6 +93,29 @@ def test_a_mistake_is_told_and_the_chat_goes_on(chat, asked: list[Request], line
     assert [message["role"] for message in asked[-1].messages] == ["system", "user", "assistant", "user"]
 
 
+def test_bytes_that_are_not_utf8_cost_their_turn_alone(
+    good: Cli, tiny_folder: Path, asked: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi\ncaf\xe9\nCaf\xc3\xa9\n"), encoding="utf-8"))
+    ended = good("chat", "--patient", tiny_folder, "--max-new-tokens", 1, *CPU)
+    assert r"llmdoctor: 'caf\udce9' is not text in UTF-8" in ended.err
+    assert [request.messages[-1]["content"] for request in asked][::2] == ["Hi", "Café"]
+    assert len(asked[-1].messages) == 3
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_without_a_standard_input_there_is_no_chat(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    stream = io.StringIO() if closed else None
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr("sys.stdin", stream)
+    ended = cli("chat", "--patient", "./none")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == "llmdoctor: error: standard input is closed, and a chat reads its turns from it\n"
+
+
 def test_help_and_quit(chat, asked: list[Request]) -> None:
     ended = chat("/help", "/quit", "Not asked")
     for name in ("/alpha", "/beta", "/onset", "/temperature", "/compare", "/system", "/reset", "/quit"):

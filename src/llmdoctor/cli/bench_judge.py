@@ -62,7 +62,7 @@ class AskUser:
             return
         wanted = new + asking.later
         if not self._yes:
-            if sys.stdin.isatty():
+            if sys.stdin is not None and sys.stdin.isatty():
                 typer.confirm("Ask them?", abort=True, err=True)
             elif wanted > UNASKED:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +73,7 @@ def chat(
     params = SamplingParams(**sampling, stop=tuple(stop))
     arguments = [DoctorArgument.parse(text) for text in doctor]
     check_dimensions(arguments, dimension)
+    _open_input()
     model = load(run, patient, dtype, device, trust_remote_code)
     guides, betas = load_doctors(
         run, arguments, model, form=form, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -89,6 +91,14 @@ def chat(
                 return
         except UserError as error:
             run.progress.say(f"llmdoctor: {error}")
+
+
+def _open_input() -> None:
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError("standard input is closed, and a chat reads its turns from it")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A byte that is not UTF-8 must cost its own turn and not the conversation.
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _read_line() -> str | None:

@@ -174,6 +174,7 @@ class ChatEncoder:
         )
 
     def _guard(self, text: str, mark: str) -> str:
+        _check_unicode(text)
         if self._control is None:
             return text
         cuts = sorted({match.start() + 1 for match in self._control.finditer(text)})
@@ -215,6 +216,14 @@ def _control_pattern(tokenizer: Any, written: str) -> re.Pattern[str] | None:
         return None
     longest_first = sorted(spellings, key=lambda spelling: (-len(spelling), spelling))
     return re.compile("(?=" + "|".join(re.escape(spelling) for spelling in longest_first) + ")")
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse text that no tokenizer takes: a typed byte that is not UTF-8 arrives as half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{text!r:.60} is not text in UTF-8, which prompts and answers must be") from None
 
 
 def _unused_sentinel(texts: Sequence[str]) -> str:
