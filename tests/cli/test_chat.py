@@ -104,9 +104,7 @@ def test_bytes_that_are_not_utf8_cost_their_turn_alone(
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_without_a_standard_input_there_is_no_chat(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, closed: bool
-) -> None:
+def test_without_a_standard_input_there_is_no_chat(cli: Cli, monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
     stream = io.StringIO() if closed else None
     if stream is not None:
         stream.close()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from llmdoctor.errors import UserError
 from llmdoctor.models import logps as module
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import (
@@ -264,7 +265,7 @@ def test_a_model_whose_logits_are_something_else_is_refused(change: Any, monkeyp
         return out
 
     monkeypatch.setattr(model, "forward", other)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM: logits are not head\(hidden state\)"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM: logits are not head\(hidden state\)"):
         LogitsHead.for_model(model)
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import naive_logps, some_pairs
-from transformers import AutoModelForCausalLM, GPTNeoConfig, MistralConfig, MptConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    JambaConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -138,6 +147,30 @@ def test_the_prefix_cache_is_not_used_up(shared_model: LoadedModel) -> None:
 )  # fmt: skip
 def test_columns_that_a_model_counts_are_not_put_between_prefix_and_prompt(shared_model: LoadedModel, config) -> None:
     """In a window padding there would push the prefix out; ALiBi would take it for distance."""
+    another_model_is_the_naive_score(shared_model, config)
+
+
+RECURRENT = {"vocab_size": 300, "hidden_size": 32, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(**RECURRENT, num_hidden_layers=2, state_size=4),
+        JambaConfig(**RECURRENT, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4,
+                    num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1,
+                    mamba_d_state=4, mamba_dt_rank=4),
+        RecurrentGemmaConfig(**RECURRENT, num_hidden_layers=3, intermediate_size=48, num_attention_heads=4,
+                             num_key_value_heads=1, lru_width=32, attention_window_size=24, logits_soft_cap=3.0),
+        RwkvConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, context_length=512),
+    ],
+    ids=["a state alone", "states and keys", "states, a window and a cap", "a state that heeds no mask"],
+)  # fmt: skip
+def test_models_with_a_state_read_every_response_by_itself(shared_model: LoadedModel, config) -> None:
+    another_model_is_the_naive_score(shared_model, config)
+
+
+def another_model_is_the_naive_score(shared_model: LoadedModel, config: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     loaded = replace(shared_model, model=model)

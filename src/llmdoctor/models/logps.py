@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmdoctor.errors import UserError
+
 CHUNK_ELEMENTS = 1 << 25
 """Logits alive at once: 32 Mi elements, 128 MiB in float32. No tensor of [tokens × vocabulary] outlives a chunk."""
 
@@ -82,7 +84,7 @@ class LogitsHead:
 
     @classmethod
     def for_model(cls, model: Any) -> LogitsHead:
-        """The head of a causal LM; raises ValueError when its logits are no known function of its hidden states."""
+        """The head of a causal LM; UserError when its logits are no known function of its hidden states."""
         linear = model.get_output_embeddings()
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         finish = LogitsFinish.from_config(config)
@@ -99,8 +101,8 @@ class LogitsHead:
         # An unknown cap or scale can be a small change at small logits: only half precision excuses a difference.
         tolerance = 1e-4 if linear.weight.dtype == torch.float32 else 2e-2
         if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            raise ValueError(
-                f"{type(model).__name__}: logits are not head(hidden state); this architecture needs its own rule"
+            raise UserError(
+                f"{type(model).__name__}: logits are not head(hidden state); this architecture is not supported"
             )
         return head
 
@@ -126,6 +128,10 @@ class LogitsHead:
         return torch.cat(pieces)
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What Gemma, RecurrentGemma and xLSTM call the cap of their logits."""
+
+
 class LogitsFinish:
     """What some architectures do to logits after the linear map: divide, multiply, cap with tanh."""
 
@@ -135,10 +141,10 @@ class LogitsFinish:
 
     @classmethod
     def from_config(cls, config: Any) -> LogitsFinish | None:
-        """Read Gemma's cap, Cohere's scale and Granite's divisor from a config; None if there is nothing to do."""
+        """Read a cap, Cohere's scale and Granite's divisor from a config; None if there is nothing to do."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
+        cap = next((getattr(config, name) for name in _CAPS if getattr(config, name, None)), None)
         return None if scale == 1.0 and cap is None else cls(scale, cap)
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ Shapes: B pairs, 2B responses (the chosen first), T columns, L completion tokens
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 PROMPT, CHOSEN, REJECTED = 1, 2, 3
 
@@ -69,6 +70,18 @@ def reads_over_gaps(model: Any) -> bool:
         and hasattr(decoder, "rotary_emb")
         and not getattr(config, "alibi", False)
         and type(decoder).__module__.startswith("transformers.")
+    )
+
+
+def keeps_keys(model: Any) -> bool:
+    """Whether a causal LM keeps nothing but keys and values of what it has read, in a cache whose rows can be copied.
+
+    States of recurrent layers cannot be copied in this way.
+    """
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return (
+        all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and "past_key_values" in inspect.signature(type(model.get_decoder()).forward).parameters
     )
 
 

@@ -6,7 +6,7 @@ Shapes: B pairs, 2B responses (chosen and rejected of each pair side by side), P
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.logps import LogitsHead, per_token_logps, position_ids
-from llmdoctor.models.packing import PackedPairs, can_pack, reads_over_gaps
+from llmdoctor.models.packing import PackedPairs, can_pack, keeps_keys, reads_over_gaps
 
 SPARE = 1.1
 """Padded tokens over real ones, above which a forward pass on a CPU is split."""
@@ -29,7 +29,8 @@ class FaceScorer:
 
     The tokens that every prompt begins with (the system prompt itself) are run once and their cache kept; the rest of
     a prompt is run once for both of its responses, in one row with them where the model allows it (`can_pack`); logits
-    are computed at completion tokens only.
+    are computed at completion tokens only. A model with a state that cannot be copied (not `keeps_keys`) reads a prompt
+    once for each response.
     """
 
     def __init__(self, model: Any, encoder: ChatEncoder, head: LogitsHead, system: str | None) -> None:
@@ -64,14 +65,17 @@ class FaceScorer:
         if not all(len(prompt) > shared and prompt[:shared] == self._prefix for prompt in prompts):
             shared = 0
         rest = [prompt[shared:] for prompt in prompts]
-        packed = can_pack(self.model)
+        states: Callable[..., Tensor] = self._whole_states
+        if can_pack(self.model):
+            states = self._packed_states
+        elif keeps_keys(self.model):
+            states = self._two_pass_states
         lengths = [len(prompt) + len(one) + len(other) for prompt, (one, other) in zip(rest, completions, strict=True)]
         scores: list[Tensor] = [torch.empty(0)] * (2 * len(prompts))
         for places in _alike(lengths) if self.model.device.type == "cpu" else [range(len(prompts))]:
             # The chosen responses first, then the rejected ones.
             flat = [completions[place][side] for side in (0, 1) for place in places]
             labels, completion_mask = _pad_right(flat, self.model.device)
-            states = self._packed_states if packed else self._two_pass_states
             hidden = states([rest[place] for place in places], flat, labels, completion_mask, shared)
             logps = per_token_logps(hidden, self.head, labels, completion_mask).cpu()
             targets = [2 * place + side for side in (0, 1) for place in places]
@@ -130,6 +134,17 @@ class FaceScorer:
             use_cache=True,
         )
         return torch.cat([hidden, rows.last_hidden_state], dim=1)
+
+    def _whole_states(self, prompts: Sequence[list[int]], flat: Sequence[list[int]], labels: Tensor, *_: Any) -> Tensor:
+        """[2B, L, D] from one pass over rows of a prompt and one response; there is no shared prefix."""
+        rows = [[*p, *c] for p, c in zip([*prompts, *prompts], flat, strict=True)]
+        # Padding stands behind all that is read, so that no mask is needed, which some such models ignore.
+        ids = _pad_right(rows, self.model.device)[0]
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device).repeat(2)
+        steps = torch.arange(labels.shape[1], device=hidden.device)
+        columns = (ends[:, None] + steps).clamp(max=hidden.shape[1] - 1)
+        return hidden[torch.arange(len(rows), device=hidden.device)[:, None], columns]
 
     def _prefix_copy(self, rows: int, shared: int) -> Any:
         """The cache of the shared prefix for so many rows, None where nothing is shared."""

@@ -132,7 +132,7 @@ def patient_head(patient: LoadedModel) -> LogitsHead:
     """The patient's head; UserError where its logits are no known function of its states."""
     try:
         return LogitsHead.for_model(patient.model)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{patient.spec} cannot be shrunk: {error}") from error
 
 
