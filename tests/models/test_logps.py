@@ -277,6 +277,21 @@ def test_half_precision_is_recognised_and_training_mode_kept(name: str) -> None:
     assert model.training
 
 
+def test_states_and_labels_are_brought_to_the_head() -> None:
+    """With a model over several devices they may lie elsewhere; the meta device stands for one."""
+
+    class Elsewhere:
+        weight = torch.empty(50, 16, device="meta")
+
+        def selected_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
+            assert hidden.device == labels.device == self.weight.device
+            return -torch.arange(1.0, len(hidden) + 1)
+
+    mask = torch.tensor([[1, 0], [1, 1]])
+    found = per_token_logps(torch.zeros(2, 3, 16), Elsewhere(), torch.zeros(2, 2, dtype=torch.long), mask)
+    assert found.tolist() == [[-1, 0], [-2, -3]]
+
+
 def test_masked_tokens_are_zero_without_gradient_and_never_computed(
     head: LogitsHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:

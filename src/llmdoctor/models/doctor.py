@@ -244,7 +244,9 @@ class Doctor(nn.Module):
             states = completion_states(self.hidden_states(input_ids, attention_mask), prompt_width)
             labels = input_ids[:, prompt_width:]
         logps = per_token_logps(states, self.logits_head, labels, completion_mask)
-        return logps, self.value_head(states.detach() if self.detach_value else states)
+        states = states.to(self.logits_head.weight.device)
+        values = self.value_head(states.detach() if self.detach_value else states)
+        return logps, values.to(logps.device)
 
     @property
     def packs_pairs(self) -> bool:

@@ -58,12 +58,15 @@ def per_token_logps(hidden: Tensor, head: LogitsHead, labels: Tensor, completion
         completion_mask: [B, L] true on real tokens; logits of the others are never computed.
 
     Returns:
-        [B, L] float32, 0 where masked. Gradients flow to `hidden` and to whatever in the head is trainable.
+        [B, L] float32 on the labels' device, 0 where masked. Gradients flow to `hidden` and to whatever in the head is
+        trainable.
     """
     mask = completion_mask.to(torch.bool)
-    before = hidden[:, : labels.shape[1]]
-    flat = head.selected_logps(before[mask], labels[mask])
-    return torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device).masked_scatter(mask, flat)
+    before = hidden[:, : labels.shape[1]][mask.to(hidden.device)]
+    # A model that is spread over several devices may have tokens, last states and head on three of them.
+    device = head.weight.device
+    flat = head.selected_logps(before.to(device), labels[mask].to(device)).to(labels.device)
+    return torch.zeros(labels.shape, dtype=torch.float32, device=labels.device).masked_scatter(mask, flat)
 
 
 class LogitsHead:

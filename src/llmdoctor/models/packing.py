@@ -53,7 +53,7 @@ class PackedPairs:
     def take(self, values: Tensor) -> Tensor:
         """[B, T, …] -> [2B, N, …]: the values at every response's states."""
         rows = torch.arange(values.shape[0], device=values.device).repeat(2)[:, None]
-        flat = (rows * values.shape[1] + self.states).flatten()
+        flat = (rows * values.shape[1] + self.states.to(values.device)).flatten()
         return values.flatten(0, 1).index_select(0, flat).unflatten(0, self.states.shape)
 
 

@@ -124,7 +124,8 @@ class FaceScorer:
         if labels.shape[1] == 1:
             return hidden
         cache = out.past_key_values
-        cache.batch_select_indices(torch.arange(len(prompts), device=ids.device).repeat(2))
+        # On the CPU: each layer's keys lie where that layer is, and all take indices from there.
+        cache.batch_select_indices(torch.arange(len(prompts)).repeat(2))
         both = torch.cat([mask.repeat(2, 1), completion_mask[:, :-1].long()], dim=1)
         rows = decoder(
             input_ids=labels[:, :-1],

@@ -309,9 +309,10 @@ def _pooled(
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     read = reported = 0
     for places, states, mask in _read(patient, rows, layers):
-        weight = mask / mask.sum(-1, keepdim=True)
-        means = torch.stack([(layer.float() * weight[:, :, None]).sum(1) for layer in states], dim=1).double().cpu()
-        for place, row in zip(places, means, strict=True):
+        weight = (mask / mask.sum(-1, keepdim=True))[:, :, None]
+        # Layers need not all lie on one device.
+        means = [(layer.float() * weight.to(layer.device)).sum(1).double().cpu() for layer in states]
+        for place, row in zip(places, torch.stack(means, dim=1), strict=True):
             found[place] = row
         read += len(places)
         if progress and read // 2 > reported:
