@@ -215,6 +215,14 @@ def test_how_a_chat_judge_is_asked(tmp_path: Path) -> None:
         assert report.cost == pytest.approx((200 * 1 + 20 * 2) / 1e6)
 
 
+@pytest.mark.parametrize("model", ["@cf/meta/wise", "wise@20240620", "a@b@c"])
+def test_models_may_have_an_at_in_their_names(tmp_path: Path, model: str) -> None:
+    with serving(Judging()) as server:
+        judge = TaskJudge(f"chat:{model}@{server.url}", tmp_path)
+        assert judge.outcomes(HI, ["one"], ["three"]) == [0.0]
+        assert {body["model"] for body in server.bodies} == {model}
+
+
 def test_parameters_key_and_patience_of_a_chat_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reasoning model wants; other parameters are other questions, also to the replies that are kept."""
     monkeypatch.setenv("MY_KEY", "secret")
@@ -329,6 +337,7 @@ def test_a_chat_judge_that_goes_down_leaves_what_it_said(
         ("chat:", "a chat judge is named chat:MODEL or chat:MODEL@URL"),
         ("chat:@http://127.0.0.1:1/v1", "a chat judge is named chat:MODEL or chat:MODEL@URL"),
         ("chat:wise@ftp://there", "base_url must look like https"),
+        ("chat:wise@localhost:8000/v1", "base_url must look like https"),
         ("chat:wise", "the environment variable OPENAI_API_KEY is not set"),
         ("reward:./no-such-model", "no-such-model"),
     ],

@@ -322,7 +322,8 @@ def test_a_chat_judge_is_announced_and_reported(
         asked = len(server.bodies)
         first = next(line for line in ended.err.splitlines() if line.startswith(judge))
         assert " questions to ask, 0 answered already; about " in first
-        assert ", at most $0.0" in first
+        assert ", at most about $0.0" in first
+        assert " if every first reply holds a verdict (where none does, up to 3 are asked for)" in first
         assert "; after that at most 24 more of that kind" in first
         (said,) = [line for line in ended.out.splitlines() if line.startswith(judge)]
         assert f"{asked} replies asked for, " in said
@@ -424,7 +425,7 @@ def test_consent_is_to_one_judges_questions(monkeypatch: pytest.MonkeyPatch) -> 
     user = AskUser(SimpleNamespace(progress=SimpleNamespace(say=told.append)), yes=False)  # type: ignore[arg-type]
 
     def wants(judge: str, new: int, later: int = 0) -> int:
-        user(Asking(judge, CostEstimate(new, new, 10 * new, None, None), later))
+        user(Asking(judge, CostEstimate(new, new, 10 * new, None, None, 3), later))
         return len(asked)
 
     assert wants("chat:cheap", 600, 3000) == 1

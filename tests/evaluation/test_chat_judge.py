@@ -422,6 +422,16 @@ def test_tokens_and_cost_by_hand():
         assert judge_of(server.url).report().cost is None
 
 
+def test_a_reply_in_parts_is_the_text_of_its_parts():
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": 'Because. {"verdict":'}]
+    says = [Say(message={"content": [*parts, {"type": "text", "text": f' "{letter}"}}'}]}) for letter in "AB"]
+    with serving(Judging(*says)) as server:
+        judge = judge_of(server.url, concurrency=1)
+        (verdict,) = judge.compare(*some(1))
+    assert (verdict.outcome, verdict.consistent) == (1.0, True)
+    assert judge.report().asked == 2
+
+
 def test_tokens_nobody_counted_are_a_quarter_of_the_characters():
     says = [Say('{"verdict": "A"}', usage=False), Say('{"verdict": "B"}', usage=False)]
     with serving(Judging(*says)) as server:
@@ -446,6 +456,7 @@ def test_the_estimate_is_what_will_be_asked(tmp_path):
     assert estimate.input_tokens == sum(-(-len(question) // 4) for question in server.questions[2:])
     assert estimate.output_tokens == 4 * 50
     assert estimate.price == pytest.approx((estimate.input_tokens * 4 + 200 * 8) / 1e6)
+    assert estimate.attempts == 3
 
 
 def test_an_estimate_says_what_it_does_not_know():

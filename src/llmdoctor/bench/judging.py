@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -209,7 +210,9 @@ def _chat_judge(rest: str, folder: Path, options: JudgeOptions) -> ChatJudge:
     from llmdoctor.evaluation.chat_judge import ChatJudge
     from llmdoctor.evaluation.judge_report import Prices
 
-    model, _, url = rest.partition("@")
+    # The @ before a URL, which models' names may have too; without a scheme what follows is refused as a URL.
+    named = re.fullmatch(r"(.*?)@(\w+://.*)", rest)
+    model, url = named.groups() if named else rest.partition("@")[::2]
     if not model:
         raise UserError("a chat judge is named chat:MODEL or chat:MODEL@URL")
     how: dict[str, Any] = {

@@ -152,11 +152,13 @@ def _told(asking: Asking) -> str:
         return f"{asking.judge}: all of {estimate.requests:,} questions are answered already, nothing is asked"
     written = "no limit" if estimate.output_tokens is None else f"at most {estimate.output_tokens:,}"
     if estimate.price is not None:
-        price = f"at most {_dollars(estimate.price)}"
+        price = f"at most about {_dollars(estimate.price)}"
     else:
         price = "no price is known (--judge-price-in, --judge-price-out)"
     later = f"; after that at most {asking.later:,} more of that kind" if asking.later else ""
+    again = f" if every first reply holds a verdict (where none does, up to {estimate.attempts} are asked for)"
     return (
         f"{asking.judge}: {estimate.uncached:,} questions to ask, {estimate.requests - estimate.uncached:,} answered "
-        f"already; about {estimate.input_tokens:,} tokens to read, {written} to write, {price}{later}"
+        f"already; about {estimate.input_tokens:,} tokens to read, {written} to write, {price}"
+        f"{again}{later}"
     )

@@ -201,6 +201,8 @@ def _read_reply(text: str, body: Mapping[str, Any]) -> Reply | None:
         choice = value["choices"][0]
         message = choice["message"]
         said, refusal = message.get("content"), message.get("refusal")
+        if isinstance(said, list):
+            said = "".join(part["text"] for part in said if part["type"] == "text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     said = said if isinstance(said, str) else ""

@@ -103,7 +103,7 @@ class ChatJudge:
     def estimate(
         self, prompts: Sequence[Sequence[Message]], first: Sequence[str], second: Sequence[str]
     ) -> CostEstimate:
-        """What `compare` of the same arguments would ask and cost at most. Asks nothing."""
+        """What `compare` of the same arguments would ask and cost, if every first reply holds a verdict. Asks nothing."""
         questions = list(
             dict.fromkeys(side for pair in self._questions(prompts, first, second) if pair for side in pair)
         )
@@ -112,7 +112,7 @@ class ChatJudge:
         bound = self._endpoint.output_bound
         written = None if bound is None else bound * len(open_questions)
         price = None if self._prices is None or written is None else self._prices.of(read, written)
-        return CostEstimate(len(questions), len(open_questions), read, written, price)
+        return CostEstimate(len(questions), len(open_questions), read, written, price, self._attempts)
 
     def report(self) -> JudgeReport:
         """What was asked, answered, and counted as a tie so far; also after an error."""

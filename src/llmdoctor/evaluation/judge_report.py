@@ -27,6 +27,8 @@ class CostEstimate:
         input_tokens: a quarter of the characters.
         output_tokens: at most so many; None where the parameters set no limit.
         price: at most so many dollars; None where prices or the limit are unknown.
+        attempts: times that a question is asked in all while its replies hold no verdict. No figure here counts more
+            than the first.
     """
 
     requests: int
@@ -34,6 +36,7 @@ class CostEstimate:
     input_tokens: int
     output_tokens: int | None
     price: float | None
+    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
