@@ -39,6 +39,7 @@ def test_rows_have_text_or_messages_and_perhaps_an_id(tmp_path: Path, name: str)
         {"prompt": "Why?", "topic": "x"},
         {"prompt": [system, user("How?")], "id": "how"},
         {"prompt": "So?", "id": 7},
+        {"prompt": "And?", "id": 8.0},
     ]
     path = tmp_path / name
     path.write_text(lines(*rows) if name == "p.jsonl" else json.dumps(rows), encoding="utf-8")
@@ -46,6 +47,7 @@ def test_rows_have_text_or_messages_and_perhaps_an_id(tmp_path: Path, name: str)
         Prompt("1", (user("Why?"),)),
         Prompt("how", (system, user("How?"))),
         Prompt("7", (user("So?"),)),
+        Prompt("8", (user("And?"),)),
     ]
 
 
@@ -68,7 +70,14 @@ def test_rows_have_text_or_messages_and_perhaps_an_id(tmp_path: Path, name: str)
             lines({"prompt": [user("a"), {"role": "assistant", "content": "b"}]}),
             "p.jsonl: line 1 has a `prompt` that ends with a turn of the assistant, not the user",
         ),
-        ("p.jsonl", lines({"prompt": "a", "id": [1]}), "p.jsonl: line 1 has [1] as `id`, expected text or a number"),
+        ("p.jsonl", lines({"prompt": "a", "id": [1]}), "p.jsonl: line 1 has [1] as `id`, expected text or a whole"),
+        ("p.jsonl", lines({"prompt": "a", "id": 1.5}), "p.jsonl: line 1 has 1.5 as `id`, expected text or a whole n"),
+        ("p.jsonl", '{"prompt": "a", "id": NaN}', "p.jsonl: line 1 has nan as `id`, expected text or a whole number"),
+        (
+            "p.jsonl",
+            lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1.0}),
+            "p.jsonl: line 2 has the id '1' a second time (first: ",
+        ),
         (
             "p.jsonl",
             lines({"prompt": "a", "id": "2"}, {"prompt": "b"}),

@@ -27,8 +27,8 @@ def load_prompts(source: str | os.PathLike[str], limit: int | None = None) -> li
     """Read the first `limit` prompts (all by default) of a source.
 
     source: a .txt file (one prompt a line, blank lines skipped), a .jsonl, .json or .parquet file with the column
-        `prompt` (text, or messages that end with a user turn) and perhaps `id` (default: the number of the line, item
-        or row), or `builtin:prompts`, `builtin:prompts/train`, `builtin:prompts/test`.
+        `prompt` (text, or messages that end with a user turn) and perhaps `id`, text or a whole number (default: the
+        number of the line, item or row), or `builtin:prompts`, `builtin:prompts/train`, `builtin:prompts/test`.
 
     UserError, one line, for a source or row that cannot be used.
     """
@@ -93,6 +93,9 @@ def _prompt(row: dict[str, Any], default_id: str) -> Prompt:
         columns = ", ".join(map(str, row)) or "none"
         raise RowError("missing column", f"has no `prompt`; expected prompt and perhaps id, got columns {columns}")
     name = default_id if row.get("id") is None else row["id"]
+    if isinstance(name, float) and name.is_integer():
+        # A column of numbers in which some are missing comes as floats from many tools.
+        name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise RowError("wrong type", f"has {name!r} as `id`, expected text or a number")
+        raise RowError("wrong type", f"has {name!r} as `id`, expected text or a whole number")
     return Prompt(str(name), read_prompt(row["prompt"]))
