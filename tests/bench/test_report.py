@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llmdoctor.bench.methods import CONTENDERS
-from llmdoctor.bench.report.charts import Bar, intervals
+from llmdoctor.bench.report.charts import Bar, Series, Spot, frontier, intervals
 from llmdoctor.bench.report.looks import look
 from llmdoctor.bench.report.page import render_bench_report, write_plots
 from llmdoctor.data.prompts import load_prompts
@@ -725,6 +725,13 @@ def test_texts_of_an_axis_do_not_run_into_each_other(name, most):
     assert 2 <= len(marks) <= most
     for (left, before), (right, after) in itertools.pairwise(marks):
         assert right - left > 7.8 * (len(before) + len(after)) / 2
+
+
+def test_a_root_axis_of_negative_estimates_ends_at_zero():
+    """Estimates of a small KL from few answers may all be below 0, whose root is not asked for."""
+    spots = [Spot(-0.2, 0.5, "", (-0.3, -0.1)), Spot(-0.1, 0.6, "")]
+    drawn = str(frontier([Series(look("dpo"), spots)], "KL", "", root=True))
+    assert re.findall(r'class="tick" x="[\d.]+"[^>]*>([^<]*)<', drawn)[-1] == "0"
 
 
 def test_the_root_axis_spaces_by_square_roots():

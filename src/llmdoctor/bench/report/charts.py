@@ -88,7 +88,8 @@ def frontier(
     spots = [spot for entry in series for spot in entry.spots]
     xs = [x for spot in spots for x in (spot.x, *(spot.x_bounds or ()))] + ([marked[0]] if marked else [])
     ys = [y for spot in spots for y in (spot.y, *(spot.y_bounds or ()))] + ([marked[1]] if marked else [])
-    x_range = (min(0.0, *xs), max(xs) * 1.06 + 1e-6) if root else _padded(xs)
+    # An axis of roots begins or ends at 0, or holds it: estimates of a KL may all be negative.
+    x_range = (min(0.0, *xs), max(0.0, *xs) * 1.06 + 1e-6) if root else _padded(xs)
     plot = Plot(height, x_range, _padded(ys), label, width=WIDTH, root=root)
     plot.y_axis(ticks(*plot.y_range))
     plot.x_axis(_root_ticks(*x_range) if root else ticks(*x_range), x_title)
