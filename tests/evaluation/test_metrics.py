@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +27,29 @@ VALUES = st.lists(FINITE, min_size=1, max_size=30)
 
 def test_words_drop_case_and_punctuation_and_keep_apostrophes():
     assert words("Don't — STOP, it’s 3 o'clock!") == ["don't", "stop", "it’s", "3", "o'clock"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("我喜欢GPT-4，很好。", ["我", "喜", "欢", "gpt", "4", "很", "好"]),
+        ("東京タワー人々", ["東", "京", "タ", "ワ", "ー", "人", "々"]),
+        ("ที่นี่ดี", ["ที่", "นี่", "ดี"]),
+        ("한국어 단어 two", ["한국어", "단어", "two"]),
+    ],
+)
+def test_without_spaces_each_character_is_a_word(text, found):
+    assert words(text) == found
+
+
+@given(st.text(st.characters(max_codepoint=0x0DFF)))
+def test_words_of_scripts_with_spaces_are_as_ever(text):
+    assert words(text) == re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+def test_chinese_that_repeats_itself_is_not_distinct():
+    """4-grams of 好好好好好: 2 alike. As one word there would be none."""
+    assert distinct_n(["好好好好好"], 4) == 1 / 2
 
 
 def test_distinct_2_by_hand():

@@ -6,6 +6,7 @@ Intervals are percentile bootstraps with a fixed seed, so the same input always 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,13 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+# Scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana, Chinese characters.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\uff66-\uff9f"
+_UNSPACED += r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Vowels and tones that are written onto a letter of theirs; `re` does not count them as letters.
+_MARKS = "".join(chr(code) for code in range(0x0E00, 0x3100) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+_LETTER = rf"[^\W{_UNSPACED}]"
+_WORD = re.compile(rf"(?=\w)[{_UNSPACED}][{_MARKS}]*|{_LETTER}+(?:['’]{_LETTER}+)*")
 # Bounds the index matrix of one bootstrap block (about 16 MB), whatever the number of values.
 _BLOCK_ENTRIES = 2_000_000
 
@@ -46,12 +53,16 @@ def _paired(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -
 
 
 def words(text: str) -> list[str]:
-    """Words of `text` in lower case: runs of letters and digits with inner apostrophes, no punctuation."""
+    """Words of `text` in lower case: runs of letters and digits with inner apostrophes, no punctuation.
+
+    Where a script puts no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each of its characters,
+    with the marks on it, is a word of its own: a whole sentence would be one otherwise.
+    """
     return _WORD.findall(text.lower())
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share (0…1) of distinct word n-grams among all word n-grams of the whole set.
+    """Share (0…1) of distinct n-grams among all n-grams of `words` of the whole set.
 
     No n-gram crosses from one text into the next. 1.0: nothing is ever said twice. The figure falls as a set grows, so
     compare sets of equal size. 0.0 when no text has n words.
