@@ -45,7 +45,7 @@ class Arena:
         steps: told of progress.
         quick: this is a smoke run, which its results say.
         judge_options: how a chat judge is asked.
-        consent: told of the questions of a table or frontier before a chat judge is asked them.
+        consent: told of a comparison's questions before a chat judge is asked them.
         shard: train and decode only this part, then raise `ShardDone`; all of it if None.
         so_far: train and decode nothing; a method takes part with the seeds at which all its answers are there.
 
