@@ -103,7 +103,7 @@ class ChatJudge:
     def estimate(
         self, prompts: Sequence[Sequence[Message]], first: Sequence[str], second: Sequence[str]
     ) -> CostEstimate:
-        """What `compare` of the same arguments would ask and cost if every first reply holds a verdict. Asks nothing."""
+        """What `compare` of the same arguments would ask and cost, were every first reply a verdict. Asks nothing."""
         questions = list(
             dict.fromkeys(side for pair in self._questions(prompts, first, second) if pair for side in pair)
         )
