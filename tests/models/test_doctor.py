@@ -21,7 +21,7 @@ from llmdoctor.models import doctor as doctor_module
 from llmdoctor.models import hub
 from llmdoctor.models.card import model_card
 from llmdoctor.models.doctor import Doctor, DoctorConfig, local_folder
-from llmdoctor.models.loading import tokenizer_fingerprint, weights_fingerprint
+from llmdoctor.models.loading import load_model, tokenizer_fingerprint, weights_fingerprint
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
 PROMPTS = [[5, 6, 7], list(range(20, 40))]
@@ -125,6 +125,19 @@ def test_merged_is_unmerged(tiny_folder: Path, lora: bool) -> None:
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         got = naive_logps(merged.model, prompt, completion)
         torch.testing.assert_close(got, expected[row, : len(completion)].double(), rtol=0, atol=1e-4)
+
+
+def test_merging_leaves_the_rotary_frequencies_as_they_are(tiny_folder: Path) -> None:
+    """Rounded to bfloat16 they would turn far positions by whole radians."""
+    base = load_model(str(tiny_folder), dtype="bfloat16", device="cpu")
+    before = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
+    assert any(not buffer.equal(buffer.bfloat16().float()) for buffer in before.values())
+    merged = shaken(fresh_doctor(base)).merged().model
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16} == {merged.config.dtype}
+    after = dict(merged.named_buffers())
+    assert before.keys() == after.keys()
+    for name, buffer in before.items():
+        torch.testing.assert_close(after[name], buffer, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value_hidden", [0, 8])

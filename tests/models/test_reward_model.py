@@ -140,6 +140,17 @@ def test_the_classifier_shares_the_weights(tiny_model: LoadedModel) -> None:
     assert not torch.equal(model.score.weight, base_classifier(tiny_model, seed=1).score.weight)
 
 
+def test_merging_leaves_the_rotary_frequencies_as_they_are(trained: Path, tiny_folder: Path) -> None:
+    base = load_model(str(tiny_folder), dtype="bfloat16", device="cpu")
+    before = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
+    model = load_reward_model(trained, base=base).model
+    assert model.model.get_decoder().dtype == torch.bfloat16
+    after = dict(model.named_buffers())
+    assert before.keys() == after.keys()
+    for name, buffer in before.items():
+        torch.testing.assert_close(after[name], buffer, rtol=0, atol=0)
+
+
 def test_bfloat16_keeps_rewards_apart(plain: Path) -> None:
     model = load_reward_model(plain, dtype="bfloat16", device="cpu")
     assert model.model.dtype == torch.bfloat16

@@ -22,6 +22,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, write_json, write_text
 from llmdoctor.models.card import model_card
 from llmdoctor.models.hub import hub_folder
+from llmdoctor.models.layers import cast_weights
 from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
 from llmdoctor.models.packing import PackedPairs, can_pack
@@ -304,7 +305,7 @@ class Doctor(nn.Module):
         lm = self.lm
         if self.doctor_config.lora:
             dtype = self.causal_lm.dtype
-            lm = lm.to(torch.float32).merge_and_unload().to(dtype)
+            lm = cast_weights(cast_weights(lm, torch.float32).merge_and_unload(), dtype)
         lm.requires_grad_(False)
         spec = f"doctor({self.doctor_config.base})"
         return LoadedModel(lm.eval(), self.tokenizer, spec, dict(self.doctor_config.base_fingerprint))
