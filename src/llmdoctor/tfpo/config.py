@@ -142,4 +142,9 @@ class TFPOConfig(TrainingArguments):
             raise UserError(f"value_learning_rate must be positive, got {self.value_learning_rate}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise UserError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+        if self.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end is not supported: a doctor is what its last step left. Leave it out; every "
+                "checkpoint is a doctor's folder, and save_total_limit says how many are kept to choose from"
+            )
         super().__post_init__()
