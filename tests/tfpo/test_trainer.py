@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, pair, shaken, some_pairs, tensors
+from tests.tiny import LORA, acquire, config, fresh_doctor, load, naive_logps, pair, shaken, some_pairs, tensors
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
@@ -172,6 +173,23 @@ def test_untrained_implicit_rewards_are_zero(tiny_folder: Path, store: RewardSto
     metrics = trainer.evaluate()
     assert metrics["eval_preference_accuracy"] == pytest.approx(0.5, abs=0.5)
     assert abs(metrics["eval_margin"]) < 1e-4
+
+
+def test_only_the_adapters_own_dropout_is_on(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """An untrained doctor in training is its reference, whose log-probs were computed without dropout."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "dropping"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.5}))
+    doctor = Doctor.from_base(load(folder), lora={**LORA, "lora_dropout": 0.5})
+    trainer = trainer_of(doctor, tmp_path, store.dataset())
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask", "prompt_width")]
+    doctor.train()
+    mask = batch["completion_mask"]
+    torch.testing.assert_close(doctor(*inputs)[0][mask], batch["ref_logps"][mask], rtol=0, atol=1e-4)
+    shaken(doctor)
+    one, other = doctor(*inputs)[0], doctor(*inputs)[0]
+    assert float((one - other).detach().abs().max()) > 1e-2
 
 
 def test_preference_metrics_by_hand() -> None:

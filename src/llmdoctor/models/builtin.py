@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, sha256_file, write_json
@@ -163,6 +163,19 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     tokenizer = AutoTokenizer.from_pretrained(**location)
     _restore_digit_splitting(path, tokenizer)
     return _as_plain_model(loaded), tokenizer
+
+
+def without_dropout(config: Any) -> Any:
+    """The config, in place, with every rate of dropout at 0: what is trained here starts out as its own reference.
+
+    In the config, since not all of it is in modules: many architectures hand a bare number to their attention.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 @contextmanager
@@ -365,7 +378,7 @@ def _wrong_files(
 
 def _as_plain_model(loaded: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that knows nothing of the file format they came from, and can be saved."""
-    config = deepcopy(loaded.config)
+    config = without_dropout(deepcopy(loaded.config))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

@@ -67,7 +67,7 @@ def load_model(
     revision: str | None = None,
     verbose: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and freeze it.
+    """Load a causal language model and freeze it; should it be trained nevertheless, it has no dropout.
 
     `spec` is `builtin:NAME`, a folder, a `.gguf` file or a hub id (then `revision` may name a branch, tag or commit).
     Weights are read from safetensors or GGUF only. `dtype` is `auto`, `bfloat16`, `float16` or `float32`; `auto` means
@@ -275,6 +275,7 @@ def _load_folder(spec: str, folder: Path, dtype: torch.dtype, device: str, trust
     except _LOAD_FAILURES as error:
         raise UserError(_unreadable_config(spec, error)) from error
     _check_causal(spec, config)
+    config = builtin.without_dropout(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
