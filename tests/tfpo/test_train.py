@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.killing import JobServer, last_step
 from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, load, save_tiny, some_pairs, tensors
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
@@ -21,7 +23,7 @@ from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import DoctorOptions, last_checkpoint, train_doctor
+from llmdoctor.tfpo.train import DoctorOptions, last_checkpoint, lora_arguments, train_doctor
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,39 @@ def test_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_
     assert guided.logps != pytest.approx(alone.logps, abs=1e-3)
     with pytest.raises(FingerprintMismatch):
         train_doctor(load(tiny_folder), store, checkpointed(output, max_steps=6), rounds=PAIRS, options=OPTIONS)
+
+
+def test_a_base_that_keeps_its_weights_the_other_way_round(
+    tiny_folder: Path, tiny_tokenizer: Any, store: RewardStore, tmp_path: Path
+) -> None:
+    """GPT-2's projections: all four of the upper layer are adapted, without a warning, and what is saved guides."""
+    sizes = {"vocab_size": len(tiny_tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    base = load(tmp_path / "gpt2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out")
+        output = train_doctor(
+            base, store, checkpointed(tmp_path / "doctor", max_steps=6), rounds=PAIRS, options=OPTIONS
+        )
+    doctor = Doctor.from_pretrained(output, dtype="float32", device="cpu")
+    moved = {name for name, tensor in tensors(doctor).items() if "lora_B" in name and tensor.any()}
+    assert len(moved) == 4
+    assert all("h.1." in name for name in moved)
+    patient = load(tiny_folder)
+    decoder = GuidedDecoder(patient, [load_guide(output, patient, dtype="float32", device="cpu")])
+    request = Request.from_text("Hi", betas={"kind": 4.0}, sampling=SamplingParams(max_new_tokens=12, temperature=0.0))
+    guided, alone = decoder.generate([request, replace(request, betas={})])
+    assert guided.logps != pytest.approx(alone.logps, abs=1e-3)
+
+
+def test_a_base_without_linear_layers_is_refused(tiny_model: LoadedModel) -> None:
+    for layer in tiny_model.model.get_decoder().layers:
+        layer.self_attn = layer.mlp = torch.nn.Identity()
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM has no linear layers that an adapter could be put on; train"
+    ):
+        lora_arguments(tiny_model.model, OPTIONS)
 
 
 def test_tokens_that_are_no_bytes_are_refused(store: RewardStore, tmp_path: Path) -> None:

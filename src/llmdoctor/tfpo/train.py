@@ -296,18 +296,35 @@ def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lora_arguments(model: Any, options: DoctorOptions) -> dict[str, Any]:
-    """`peft.LoraConfig` arguments: every linear layer of the upper `lora_layers` share of the decoder."""
+    """`peft.LoraConfig` arguments: every linear layer of the upper `lora_layers` share of the decoder.
+
+    Raises:
+        UserError: there is none that LoRA knows.
+    """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     layers = model.config.get_text_config().num_hidden_layers
     first = layers - max(1, round(layers * options.lora_layers))
-    targets = []
+    targets: dict[str, Any] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
         index = next((int(part) for part in parts if part.isdigit()), None)
-        if isinstance(module, nn.Linear) and index is not None and index >= first:
-            targets.append(name)
-    return {"r": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "target_modules": targets, "bias": "none"}
+        if isinstance(module, nn.Linear | Conv1D) and index is not None and index >= first:
+            targets[name] = module
+    if not targets:
+        raise UserError(
+            f"{type(model).__name__} has no linear layers that an adapter could be put on; train all of its weights "
+            "(lora False, rounds 0), or give another base"
+        )
+    return {
+        "r": options.lora_rank,
+        "lora_alpha": 2 * options.lora_rank,
+        "target_modules": list(targets),
+        "bias": "none",
+        # GPT-2 keeps its weights the other way round.
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in targets.values()),
+    }
 
 
 def last_checkpoint(folder: Path) -> Path | None:
