@@ -18,12 +18,13 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.files import digest
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import DoctorOptions, last_checkpoint, lora_arguments, train_doctor
+from llmdoctor.tfpo.train import RECORDED, DoctorOptions, last_checkpoint, lora_arguments, recorded, train_doctor
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,7 @@ def test_a_resumed_run_starts_at_the_last_whole_checkpoint(
         ("settings", {"eta": 0.7}),
         ("settings", {"lr_scheduler_type": "linear"}),
         ("settings", {"seed": 3}),
+        ("settings", {"adam_beta2": 0.9}),
         ("settings", {"options": replace(OPTIONS, lora_rank=3)}),
         ("rewards", {}),
         ("base", {}),
@@ -160,6 +162,38 @@ def test_other_settings_beside_checkpoints_are_refused(
         train_doctor(base(), rewards, args, rounds=PAIRS, options=options)
     train_doctor(base(), rewards, args, rounds=PAIRS, options=options, resume=False)
     assert DoctorConfig.load(tmp_path / "d").training["eta"] == change.get("eta", 0.5)
+
+
+def test_settings_at_their_defaults_are_recorded_as_ever(tmp_path: Path) -> None:
+    """Doctors and answers that are there were made before the rarer ones were recorded; they are known by the others'
+    digest.
+    """
+    assert recorded(config(tmp_path)).keys() == set(RECORDED)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim": "sgd"},
+        {"adam_beta1": 0.8},
+        {"adam_epsilon": 1e-6},
+        {"lr_scheduler_kwargs": {"num_cycles": 1.5}},
+        {"data_seed": 5},
+        {"accelerator_config": {"use_seedable_sampler": False}},
+        {"dataloader_drop_last": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_rare_setting_that_was_changed_is_recorded(tmp_path: Path, change: dict[str, Any]) -> None:
+    found = recorded(config(tmp_path, **change))
+    assert found.keys() == {*RECORDED, *change}
+    assert digest(found) != digest(recorded(config(tmp_path)))
+
+
+def test_the_number_of_processes_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of two processes has twice the pairs."""
+    monkeypatch.setattr(TFPOConfig, "world_size", 2)
+    assert recorded(config(tmp_path))["world_size"] == 2
 
 
 def test_a_doctor_can_be_trained_without_holding_pairs_out(

@@ -9,11 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import FingerprintMismatch, UserError
@@ -42,6 +42,14 @@ RECORDED = (
     "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Settings of `TFPOConfig` that decide what a doctor learns: they are fingerprinted and written on its card."""
+
+RECORDED_IF_CHANGED = (
+    "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs",
+    "bf16", "fp16", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "dataloader_in_order",
+    "accelerator_config", "auto_find_batch_size", "ignore_data_skip", "save_only_model", "world_size",
+)  # fmt: skip
+"""Further ones, of transformers, that hardly anybody touches: recorded where they are not at their defaults, so that
+what was made without a word of them is still what it was."""
 
 _OF_PAIRS = {"eta": "round_eta", "branch_coef": "round_branch_coef", "leaf_coef": "round_leaf_coef",
              "leaf_beta": "a round_leaf_coef with it", "value_coef": "", "value_margin": ""}  # fmt: skip
@@ -285,9 +293,13 @@ def _silent(what: str, units: int) -> None:
 
 
 def recorded(config: TFPOConfig) -> dict[str, Any]:
-    """The settings of `RECORDED`, ready for JSON."""
-    settings = {name: getattr(config, name) for name in RECORDED}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
+    """What decides what a doctor learns, ready for JSON: `RECORDED`, and of the rest what is not at its default."""
+    usual = {field.name: field.default for field in fields(config)}
+    usual |= {"accelerator_config": AcceleratorConfig(), "world_size": 1}
+    # Not every version of transformers has all of them.
+    changed = [name for name in RECORDED_IF_CHANGED if getattr(config, name, None) != usual.get(name)]
+    settings = {**config.to_dict(), "world_size": config.world_size}
+    return {name: settings[name] for name in (*RECORDED, *changed)}
 
 
 def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
