@@ -230,6 +230,25 @@ def test_the_card_and_the_files(tiny_folder: Path, tmp_path: Path) -> None:
     assert "base_model:" not in model_card({**vars(doctor.doctor_config), "base": "builtin:smollm2", "metrics": {}})
 
 
+def test_the_bases_revision_is_kept(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repository: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((repository, revision))
+        return str(tiny_folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    base = load_model("someone/base", revision="v1", dtype="float32", device="cpu")
+    fresh_doctor(base).save_pretrained(tmp_path / "doctor")
+    adapter = json.loads((tmp_path / "doctor" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("someone/base", "v1")
+    card = (tmp_path / "doctor" / "README.md").read_text()
+    assert "\nbase_model: someone/base\n" in card
+    assert "--patient someone/base@v1 " in card
+    Doctor.from_pretrained(tmp_path / "doctor", dtype="float32", device="cpu")
+    assert asked == [("someone/base", "v1")] * 2
+
+
 def test_saving_asks_no_network(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> bool:
         raise AssertionError("peft looked on the hub")

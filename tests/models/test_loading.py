@@ -29,6 +29,7 @@ from llmdoctor.models import hub, loading
 from llmdoctor.models.loading import (
     LoadedModel,
     load_model,
+    split_revision,
     template_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -415,8 +416,36 @@ def test_a_hub_model_comes_without_pickles(folder: Path, monkeypatch: pytest.Mon
     loaded = load("team/model", revision="v1")
     assert (asked["repository"], asked["revision"]) == ("team/model", "v1")
     assert not any(str(pattern).endswith((".bin", ".pt", ".pth", "*")) for pattern in asked["allow_patterns"])
-    assert loaded.spec == "team/model"
     assert loaded.fingerprint == load(folder).fingerprint
+    assert loaded.spec == "team/model@v1"
+    asked.clear()
+    again = load(loaded.spec)
+    assert (asked["repository"], asked["revision"], again.spec) == ("team/model", "v1", loaded.spec)
+    assert load("team/model").spec == "team/model"
+    assert asked["revision"] is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("team/model@v1", ("team/model", "v1")),
+        ("team/model@refs/pr/3", ("team/model", "refs/pr/3")),
+        ("gpt2@main", ("gpt2", "main")),
+        ("team/model", ("team/model", None)),
+        ("/models/one@v1", ("/models/one@v1", None)),
+        ("builtin:smollm2", ("builtin:smollm2", None)),
+    ],
+)
+def test_what_has_a_revision(spec: str, expected: tuple[str, str | None]) -> None:
+    assert split_revision(spec) == expected
+
+
+def test_a_folder_may_have_an_at_sign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "runs").mkdir()
+    folder.rename(folder.parent / "runs" / "model@v1")
+    monkeypatch.chdir(folder.parent)
+    assert load("runs/model@v1").spec == "runs/model@v1"
+    assert split_revision("runs/model@v1") == ("runs/model@v1", None)
 
 
 # Dtypes and devices

@@ -23,7 +23,7 @@ from llmdoctor.baselines.training import (
 )
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.models.doctor import Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, name_base
 from llmdoctor.rewards.store import RewardStore
 
 BETA = 0.1
@@ -120,8 +120,7 @@ def dpo_trainer(
         peft_config=lora_config(base.model, options, "CAUSAL_LM"),
         callbacks=list(callbacks),
     )
-    # Else the adapter's config names the folder of this machine where the base's files lie.
-    trainer.model.active_peft_config.base_model_name_or_path = base.spec
+    name_base(trainer.model.active_peft_config, base.spec)
     return trainer
 
 

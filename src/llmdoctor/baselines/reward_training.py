@@ -28,7 +28,7 @@ from llmdoctor.baselines.training import (
 )
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, name_base
 from llmdoctor.models.reward_model import RewardModelConfig, base_classifier, save_reward_model
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.trainer import preference_metrics
@@ -125,8 +125,7 @@ def reward_trainer(
         peft_config=lora_config(classifier, options, "SEQ_CLS", modules_to_save=["score"]),
         callbacks=list(callbacks),
     )
-    # Else the adapter's config names the folder of this machine where the base's files lie.
-    trainer.model.active_peft_config.base_model_name_or_path = base.spec
+    name_base(trainer.model.active_peft_config, base.spec)
     _pad_with(trainer, base, columns)
     return trainer
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmdoctor.models.loading import split_revision
+
 
 def model_card(config: dict[str, Any]) -> str:
     """Markdown card with the hub's metadata block, from a `DoctorConfig` as a dict."""
     base = str(config["base"])
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["metrics"].items()) or "| – | – |"
     settings = "\n".join(f"| {name} | {value} |" for name, value in config["training"].items()) or "| – | – |"
-    hub_base = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/")) else ""
+    name, _ = split_revision(base)
+    hub_base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
     return f"""---
 library_name: llmdoctor
 {hub_base}tags:

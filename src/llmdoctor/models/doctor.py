@@ -23,7 +23,7 @@ from llmdoctor.files import atomic_folder, write_json, write_text
 from llmdoctor.models.card import model_card
 from llmdoctor.models.hub import hub_folder
 from llmdoctor.models.layers import cast_weights
-from llmdoctor.models.loading import LoadedModel, load_model, tokenizer_fingerprint
+from llmdoctor.models.loading import LoadedModel, load_model, name_base, tokenizer_fingerprint
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
 from llmdoctor.models.packing import PackedPairs, can_pack
 
@@ -39,7 +39,7 @@ class DoctorConfig:
     """What a doctor was made from; written beside its weights as `doctor.json`.
 
     Attributes:
-        base: the spec its base model was loaded by (hub id, folder, GGUF file or `builtin:` name).
+        base: the spec its base model is loaded by (hub id with its revision, folder, GGUF file or `builtin:` name).
         base_fingerprint: fingerprints of the base model's weights, tokenizer and template.
         dimension: what it was trained for, e.g. "positive".
         lora: whether it is an adapter on the base (else all weights are its own).
@@ -156,8 +156,7 @@ class Doctor(nn.Module):
                 from peft import LoraConfig, get_peft_model
 
                 lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))
-                # Else the adapter's config names the folder of this machine where the base's files lie.
-                lm.active_peft_config.base_model_name_or_path = base.spec
+                name_base(lm.active_peft_config, base.spec)
             else:
                 # In bfloat16 a small learning rate's steps round to nothing.
                 lm = lm.float().requires_grad_(True)

@@ -69,7 +69,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and freeze it; should it be trained nevertheless, it has no dropout.
 
-    `spec` is `builtin:NAME`, a folder, a `.gguf` file or a hub id (then `revision` may name a branch, tag or commit).
+    `spec` is `builtin:NAME`, a folder, a `.gguf` file or a hub id, of which `@` or `revision` may name a branch, tag or
+    commit: `owner/name@v1` is also what the model goes by then, so that whatever was made with it finds it again.
     Weights are read from safetensors or GGUF only. `dtype` is `auto`, `bfloat16`, `float16` or `float32`; `auto` means
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
     `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
@@ -93,7 +94,19 @@ def load_model(
         "template": template_fingerprint(tokenizer),
         "dtype": str(torch_dtype).removeprefix("torch."),
     }
-    return LoadedModel(model=model, tokenizer=tokenizer, spec=spec, fingerprint=fingerprint)
+    pinned = spec if revision is None else f"{spec}@{revision}"
+    return LoadedModel(model=model, tokenizer=tokenizer, spec=pinned, fingerprint=fingerprint)
+
+
+def split_revision(spec: str) -> tuple[str, str | None]:
+    """`owner/name@revision` in its two parts; what is no such thing has no revision."""
+    found = re.fullmatch(r"((?:[\w-][\w.-]*/)?[\w-][\w.-]*)@([\w./-]+)", spec)
+    return (spec, None) if found is None or Path(spec).exists() else (found[1], found[2])
+
+
+def name_base(adapter: Any, spec: str) -> None:
+    """Name the base in a peft config; else it is the folder of this machine where the base's files lie."""
+    adapter.base_model_name_or_path, adapter.revision = split_revision(spec)
 
 
 def stored_weights_fingerprint(spec: str) -> str:
@@ -221,8 +234,9 @@ def _locate(spec: str, revision: str | None) -> _Source:
         raise UserError(f"{spec} is a file; expected a folder, a .gguf file, a hub id or {BUILTIN_PREFIX}NAME.")
     if is_local:
         raise UserError(f"There is no folder {spec}.")
+    name, revision = split_revision(spec) if revision is None else (spec, revision)
     snapshot = hub_folder(
-        spec, "model", revision=revision, files=_HUB_FILES, but=_HUB_DUPLICATES,
+        name, "model", revision=revision, files=_HUB_FILES, but=_HUB_DUPLICATES,
         instead=f"a folder, a .gguf file or {BUILTIN_PREFIX}smollm2",
     )  # fmt: skip
     _check_folder(spec, snapshot)

@@ -33,6 +33,7 @@ from llmdoctor.models.loading import (
     _stored_weights_fingerprint,
     _unreadable_config,
     load_model,
+    name_base,
     template_fingerprint,
     tokenizer_fingerprint,
 )
@@ -270,8 +271,7 @@ def save_reward_model(folder: str | Path, model: Any, config: RewardModelConfig)
         config: what it was made from.
     """
     with atomic_folder(Path(folder)) as staging:
-        # Else the adapter's config names the folder of this machine where the base's files lie.
-        model.active_peft_config.base_model_name_or_path = config.base
+        name_base(model.active_peft_config, config.base)
         model.save_pretrained(str(staging / ADAPTER_FOLDER), save_embedding_layers=False)
         (staging / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
         write_json(staging / CONFIG_NAME, asdict(config))
