@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config
 
 from llmdoctor.errors import UserError
 from llmdoctor.models import builtin
@@ -484,3 +484,11 @@ def test_the_real_model_speaks_and_splits_text_as_it_was_trained_to() -> None:
     )
     output = loaded.model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in loaded.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+
+
+def test_dropout_is_taken_out_of_configs_within_configs() -> None:
+    plain = builtin.without_dropout(GPT2Config()).to_dict()
+    assert {plain[name] for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop")} == {0.0}
+    assert (
+        builtin.without_dropout(Gemma3Config(text_config={"attention_dropout": 0.1})).text_config.attention_dropout == 0
+    )
