@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.tiny import pair, some_pairs
 from torch.nn.functional import softplus
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -54,6 +54,13 @@ def test_pooled_states_are_those_of_each_row_alone(
         for place, layer in enumerate(layers):
             expected = plain_states(shared_model, prompt, answer, layer).mean(0)
             torch.testing.assert_close(pooled[place], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_takes_no_notice_of_masks(rows: list[tuple[list[int], list[int]]]) -> None:
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, context_length=512)).eval()
+    recurrent = LoadedModel(model, None, "rwkv", {})
+    for row, pooled in zip(rows, _pooled(recurrent, rows, [0, 1, 2]), strict=True):
+        torch.testing.assert_close(pooled, _pooled(recurrent, [row], [0, 1, 2])[0], atol=1e-5, rtol=1e-4)
 
 
 def test_token_rewards_sum_to_the_score(shared_model: LoadedModel) -> None:

@@ -340,24 +340,26 @@ def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], lay
         columns = len(rows[places[0]][0]) + len(rows[places[0]][1])
         while order and (len(places) + 1) * columns <= BATCH_TOKENS:
             places.append(order.pop())
-        width = max(len(rows[place][0]) for place in places)
         length = max(1, *(len(rows[place][1]) for place in places))
-        ids = torch.zeros(len(places), width + length, dtype=torch.long)
-        seen = torch.zeros(len(places), width + length, dtype=torch.long)
+        # Padding stands behind all that is read: recurrent models take no notice of a mask.
+        ids = torch.zeros(len(places), columns, dtype=torch.long)
+        seen = torch.zeros(len(places), columns, dtype=torch.long)
+        first = torch.zeros(len(places), dtype=torch.long)
         mask = torch.zeros(len(places), length)
         for row, place in enumerate(places):
             prompt, answer = rows[place]
-            # Answers begin in one column; one without tokens is moved right, its prompt's last token standing for it.
-            end = width + (len(answer) or 1)
-            begin = end - len(prompt) - len(answer)
-            ids[row, begin:end] = torch.tensor([*prompt, *answer])
-            seen[row, begin:end] = 1
-            mask[row, : end - width] = 1
+            whole = [*prompt, *answer]
+            ids[row, : len(whole)] = torch.tensor(whole)
+            seen[row, : len(whole)] = 1
+            # Where the answer has no tokens, its prompt's last one stands for it.
+            first[row] = len(prompt) - (not answer)
+            mask[row, : len(answer) or 1] = 1
+        at = (first[:, None] + torch.arange(length)).clamp(max=columns - 1)
         ids, seen, mask = ids.to(device), seen.to(device), mask.to(device)
         with torch.inference_mode():
             inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": position_ids(seen), "use_cache": False}
             states = _states(decoder, patient.model.config, inputs, layers)
-            yield places, [layer[:, width:] for layer in states], mask
+            yield places, [layer[torch.arange(len(places))[:, None], at] for layer in states], mask
 
 
 class _Enough(Exception):
