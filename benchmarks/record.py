@@ -15,13 +15,12 @@ import torch
 from llmdoctor.files import write_text
 
 
-def record(result: dict[str, Any], output: Path | None) -> None:
-    """Add commit, versions and machine to `result`; write it to `output`; print it without its rows."""
+def circumstances() -> dict[str, Any]:
+    """Commit, versions and machine: what a figure depends on besides what was asked for."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     code = ["git", "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py"]
     changed = subprocess.run(code, capture_output=True, text=True, check=False).stdout.strip()
-    result = {
-        **result,
+    return {
         "commit": head.stdout.strip() + ("+changes" if changed else ""),
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
         "machine": {
@@ -31,6 +30,11 @@ def record(result: dict[str, Any], output: Path | None) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def record(result: dict[str, Any], output: Path | None) -> None:
+    """Add the `circumstances` to `result`; write it to `output`; print it without its rows."""
+    result = {**result, **circumstances()}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(result, indent=2) + "\n")

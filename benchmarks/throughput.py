@@ -16,6 +16,9 @@ turns, and the rate at a length is that of the last 128 tokens a row before it, 
 Acceptance is how often the first candidate held, where it was looked at; guesses and tokens are those of one row in one
 pass of the patient. The engine chooses how many to guess by what guesses have brought and cost so far.
 
+A run that is cut goes on, with the same --output, after the last number of rows that it had finished (--output's name
+with .part keeps them until then), unless the commit, the machine or what was asked for is another.
+
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights: then these are
 timings, not quality, and guesses hold as often as they do for such a doctor.
 """
@@ -37,7 +40,7 @@ from typing import Any
 from markupsafe import Markup
 
 from benchmarks.decoding import DRAFT, asked, conversations, make_doctor
-from benchmarks.record import record
+from benchmarks.record import circumstances, record
 from llmdoctor.bench.report.charts import WIDTH, Series, Spot, sheet
 from llmdoctor.bench.report.looks import Look, look
 from llmdoctor.decoding.engine import GuidedDecoder
@@ -45,6 +48,7 @@ from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.request import Request
 from llmdoctor.decoding.row import Row
 from llmdoctor.evaluation.plot import Plot, ticks
+from llmdoctor.files import write_text
 from llmdoctor.models.doctor import DoctorConfig
 from llmdoctor.models.draft import DraftModel, load_draft
 from llmdoctor.models.loading import LoadedModel, load_model
@@ -150,39 +154,38 @@ def decoders(
     return found
 
 
-def by_batch(patient: LoadedModel, guide: Guide, draft: DraftModel | None, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Every way over batches of all sizes."""
-    for batch in sizes.batches:
-        ways = decoders(patient, guide, draft, batch)
+def by_batch(
+    patient: LoadedModel, guide: Guide, draft: DraftModel | None, sizes: Sizes, batch: int
+) -> Iterator[dict[str, Any]]:
+    """Every way over a batch of this size."""
+    ways = decoders(patient, guide, draft, batch)
 
-        def work(
-            way: str, tokens: int, ways: dict[str, Any] = ways, batch: int = batch
-        ) -> tuple[float, Counts]:  # fmt: skip
-            decoder, guides = ways[way]
-            requests = asked(guides, batch, tokens)
-            rows: list[Row] = []
-            start = time.perf_counter()
-            for rows in decoder.passes(requests):  # noqa: B007
-                pass
-            return time.perf_counter() - start, Counts.of(rows)
+    def work(way: str, tokens: int) -> tuple[float, Counts]:
+        decoder, guides = ways[way]
+        requests = asked(guides, batch, tokens)
+        rows: list[Row] = []
+        start = time.perf_counter()
+        for rows in decoder.passes(requests):  # noqa: B007
+            pass
+        return time.perf_counter() - start, Counts.of(rows)
 
+    for way in ways:
+        # What is guessed follows what guesses have cost, which takes some rounds to be known.
+        work(way, sizes.tokens if way == "speculative" else min(sizes.tokens, 16))
+    gc.collect()
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    counts = {}
+    for _ in range(sizes.rounds):
         for way in ways:
-            # What is guessed follows what guesses have cost, which takes some rounds to be known.
-            work(way, sizes.tokens if way == "speculative" else min(sizes.tokens, 16))
-        gc.collect()
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        counts = {}
-        for _ in range(sizes.rounds):
-            for way in ways:
-                # The same tokens every time: counts differ between rounds by what the engine chooses to guess.
-                took, counts[way] = work(way, sizes.tokens)
-                seconds[way].append(took)
-        for way, times in seconds.items():
-            yield {
-                "over": "batch", "batch": batch, "length": sizes.tokens, "way": way,
-                "tokens_per_second": counts[way].tokens / statistics.median(times), "seconds": times,
-                **(counts[way].figures() if way == "speculative" else {}),
-            }  # fmt: skip
+            # The same tokens every time: counts differ between rounds by what the engine chooses to guess.
+            took, counts[way] = work(way, sizes.tokens)
+            seconds[way].append(took)
+    for way, times in seconds.items():
+        yield {
+            "over": "batch", "batch": batch, "length": sizes.tokens, "way": way,
+            "tokens_per_second": counts[way].tokens / statistics.median(times), "seconds": times,
+            **(counts[way].figures() if way == "speculative" else {}),
+        }  # fmt: skip
 
 
 class Answer:
@@ -238,14 +241,43 @@ def by_length(
             }  # fmt: skip
 
 
-def measure(arguments: argparse.Namespace, doctor: Path, draft: Path | None) -> dict[str, Any]:
+class Kept:
+    """Rows of a run that may have been cut, in a file of their own.
+
+    Args:
+        path: where; None keeps nothing.
+        recipe: what they depend on; rows of another one are measured anew.
+    """
+
+    def __init__(self, path: Path | None, recipe: dict[str, Any]) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["recipe"] == recipe:
+                self.rows = found["rows"]
+                print(f"going on after the {len(self.rows)} figures in {path}")
+
+    def has(self, over: str, batch: int) -> bool:
+        """Whether these are there already."""
+        return any((row["over"], row["batch"]) == (over, batch) for row in self.rows)
+
+    def save(self) -> None:
+        """Write them down."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({"recipe": self.recipe, "rows": self.rows}))
+
+
+def measure(arguments: argparse.Namespace, doctor: Path, draft: Path | None, kept: Kept) -> dict[str, Any]:
     sizes = QUICK if arguments.quick else Sizes()
     patient = load_model(arguments.patient)
     guide = load_guide(doctor, patient, name="it")
     if guide.adapter is None or guide.model is not patient:
         raise SystemExit(f"{arguments.patient} cannot be run with {arguments.doctor or 'a LoRA doctor'} in one pass")
     model = None if draft is None else load_draft(draft, patient)
-    rows: list[dict[str, Any]] = []
+    rows = kept.rows
     print(f"{'rows':>5} {'length':>7} {'way':>12} {'tokens/s':>9} {'÷ patient':>10} {'accepted':>9} {'guesses':>8}"
           f" {'tokens':>7}")  # fmt: skip
 
@@ -263,9 +295,11 @@ def measure(arguments: argparse.Namespace, doctor: Path, draft: Path | None) -> 
                 text += f" {accepted:>9} {row['guesses_per_pass']:>8.2f} {row['tokens_per_pass']:>7.2f}"
             print(text, flush=True)
 
-    take(by_batch(patient, guide, model, sizes))
-    for batch in sizes.long_batches:
-        take(by_length(patient, guide, model, sizes, batch))
+    for over, one, batches in (("batch", by_batch, sizes.batches), ("length", by_length, sizes.long_batches)):
+        for batch in batches:
+            if not kept.has(over, batch):
+                take(one(patient, guide, model, sizes, batch))
+                kept.save()
 
     def table(key: str, over: str) -> dict[str, Any]:
         """way -> its figures over batch sizes, or over batch size and length."""
@@ -383,7 +417,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if doctor is None:
             doctor = Path(folder) / "doctor"
             make_doctor(arguments.patient, doctor)
-        result = measure(arguments, doctor, draft)
         head = {
             "benchmark": "throughput",
             "quick": arguments.quick,
@@ -391,9 +424,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "doctor": "random LoRA" if arguments.doctor is None else DoctorConfig.load(doctor).dimension,
             "draft": None if draft is None else "trained",
         }
+        part = arguments.output and arguments.output.with_name(arguments.output.name + ".part")
+        result = measure(arguments, doctor, draft, Kept(part, {**head, **circumstances()}))
         # The picture is drawn from the very file that is kept.
         file = arguments.output or Path(folder) / "throughput.json"
         record({**head, **result}, file)
+        if part:
+            part.unlink(missing_ok=True)
         if arguments.plot:
             arguments.plot.parent.mkdir(parents=True, exist_ok=True)
             arguments.plot.write_text(draw(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")

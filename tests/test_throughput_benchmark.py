@@ -70,6 +70,33 @@ def test_without_a_draft_its_curves_are_left_out_and_it_says_so(
     assert "guessing ahead" not in svg
 
 
+def test_a_run_that_was_cut_goes_on_after_what_it_had_finished(
+    folder: Path, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, part = tmp_path / "throughput.json", tmp_path / "throughput.json.part"
+    common = ["--quick", "--patient", str(folder), "--draft", str(draft), "--output", str(output)]
+
+    def cut(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(throughput, "by_length", cut)
+        with pytest.raises(KeyboardInterrupt):
+            throughput.main(common)
+    assert not output.exists()
+    before = json.loads(part.read_text(encoding="utf-8"))["rows"]
+    with monkeypatch.context() as patched:
+        patched.setattr(throughput, "by_batch", cut)
+        capsys.readouterr()
+        throughput.main(common)
+    assert capsys.readouterr().out.startswith("going on after the 6 figures in ")
+    assert json.loads(output.read_text(encoding="utf-8"))["rows"][:6] == before
+    assert not part.exists()
+    part.write_text(json.dumps({"recipe": {"commit": "another"}, "rows": before}), encoding="utf-8")
+    throughput.main(common)
+    assert json.loads(output.read_text(encoding="utf-8"))["rows"][:6] != before
+
+
 def test_lengths_beyond_the_context_are_left_out(folder: Path) -> None:
     """Of 2,048 tokens the prompt takes some; 1,024 and a quarter more still fit, 2,048 do not."""
     sizes = throughput.Sizes(lengths=(512, 1024, 2048))
