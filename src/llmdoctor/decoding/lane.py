@@ -18,7 +18,7 @@ from llmdoctor.decoding.cache import InPlaceLayer, new_cache, sees_everything
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
-from llmdoctor.models.logps import position_ids
+from llmdoctor.models.logps import LogitsHead, position_ids
 
 _PACK_ABOVE = 1.5
 _PACK_SLACK = 32
@@ -83,6 +83,9 @@ class Lane:
         self._network = network_of(self._decoder)
         self._group = 1 if self._network is None else self._network.group
         self._head = spec.head
+        # Other heads are small, or have weights of their own.
+        if isinstance(spec.head, LogitsHead):
+            spec.head.prepare()
         self._voices = spec.voices
         adapters = [voice for voice in spec.voices if voice is not None]
         if adapters and self._network is None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
 from llmdoctor.decoding.adapter import Adapter, LayerDelta
+from llmdoctor.models.product import Product, can_lay_out, has_room, is_untouched, version
 
 _ARCHITECTURES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -32,14 +33,13 @@ _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 class _Linear:
     """Several linear maps of one input as one; the parts' own parameters become views of it."""
 
-    weight: Tensor
-    bias: Tensor | None
+    product: Product
     parts: tuple[nn.Linear, ...]
-    """Where their weights point tells whether they were moved or replaced since."""
-    bias_versions: tuple[tuple[int, int] | None, ...]
+    versions: list[tuple[int, int] | None]
+    """Of what was copied, when it was."""
 
     @classmethod
-    def fuse(cls, parts: Sequence[nn.Linear]) -> _Linear:
+    def fuse(cls, parts: Sequence[nn.Linear], lay_out: bool) -> _Linear:
         weights = [part.weight for part in parts]
         whole = weights[0].detach() if len(parts) == 1 else torch.cat([weight.detach() for weight in weights])
         bias = None
@@ -53,31 +53,25 @@ class _Linear:
         if len(parts) > 1:
             for weight, piece in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):
                 weight.data = piece
-        return cls(whole, bias, tuple(parts), tuple(map(_version, parts)))
+        product = Product(whole, bias, lay_out=lay_out)
+        return cls(product, tuple(parts), _versions(product, parts))
 
     @property
     def stale(self) -> bool:
-        """Whether a part's weight is no longer a view of the whole, or its bias, which was copied, another one."""
-        place = self.weight.data_ptr()
+        """Whether a part's weight is no longer a view of the whole, or something that was copied has changed."""
+        place = self.product.weight.data_ptr()
         for part in self.parts:
-            if part.weight.data_ptr() != place or part.weight.dtype != self.weight.dtype:
+            if part.weight.data_ptr() != place or part.weight.dtype != self.product.weight.dtype:
                 return True
             place += part.weight.nbytes
-        return tuple(map(_version, self.parts)) != self.bias_versions
+        return _versions(self.product, self.parts) != self.versions or self.product.outdated
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x)
 
 
-def _version(part: nn.Linear) -> tuple[int, int] | None:
-    """What changes whenever the bias does."""
-    if part.bias is None:
-        return None
-    try:
-        return part.bias.data_ptr(), part.bias._version
-    except RuntimeError:
-        # Nobody counts what happens to tensors that were made in inference mode.
-        return part.bias.data_ptr(), 0
+def _versions(product: Product, parts: Sequence[nn.Linear]) -> list[tuple[int, int] | None]:
+    return [version(part.bias) for part in parts] + [version(part.weight) for part in parts if product.laid_out]
 
 
 @dataclass
@@ -93,19 +87,19 @@ class _Block:
     down: _Linear
 
     @classmethod
-    def of(cls, layer: Any) -> _Block:
+    def of(cls, layer: Any, lay_out: bool) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
         if hasattr(attention, "q_norm"):
             norms = _norm(attention.q_norm), _norm(attention.k_norm)
         return cls(
             before_attention=_norm(layer.input_layernorm),
-            qkv=_Linear.fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qkv=_Linear.fuse([attention.q_proj, attention.k_proj, attention.v_proj], lay_out),
             head_norms=norms,
-            out=_Linear.fuse([attention.o_proj]),
+            out=_Linear.fuse([attention.o_proj], lay_out),
             before_mlp=_norm(layer.post_attention_layernorm),
-            gate_up=_Linear.fuse([mlp.gate_proj, mlp.up_proj]),
-            down=_Linear.fuse([mlp.down_proj]),
+            gate_up=_Linear.fuse([mlp.gate_proj, mlp.up_proj], lay_out),
+            down=_Linear.fuse([mlp.down_proj], lay_out),
         )
 
     @property
@@ -127,7 +121,9 @@ class Network:
         self._embedding = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
         self._final = _norm(decoder.norm)
-        self._blocks = [_Block.of(layer) for layer in decoder.layers]
+        weights = [weight for layer in decoder.layers for weight in layer.parameters() if weight.dim() == 2]
+        lay_out = can_lay_out(weights[0]) and has_room(sum(weight.nbytes for weight in weights))
+        self._blocks = [_Block.of(layer, lay_out) for layer in decoder.layers]
         attention = decoder.layers[0].self_attn
         self._head_width = int(attention.head_dim)
         self._scale = float(attention.scaling)
@@ -137,7 +133,7 @@ class Network:
 
     @property
     def stale(self) -> bool:
-        """Whether the model's weights were moved or replaced since this was made."""
+        """Whether the model's weights were moved, replaced or, where they were copied, changed since this was made."""
         return any(linear.stale for block in self._blocks for linear in block.linears)
 
     def __call__(
@@ -243,7 +239,8 @@ def network_of(decoder: Any) -> Network | None:
     """The fast form of a transformers decoder, made once; None where its architecture or its state is another one.
 
     It takes Llama, Mistral, Qwen2 and Qwen3 models of plain linear layers on one device, with full attention and
-    without hooks. Its weights are the model's own: making it copies one layer at a time and keeps no copy.
+    without hooks. Its weights are the model's own: making it copies one layer at a time and keeps no copy, but for
+    the one that `models.product` lays out where that is faster.
     """
     # Asked every time: an adapter may have been put in, or a hook, without a weight having moved.
     if not _fits(decoder):
@@ -280,13 +277,10 @@ def _fits(decoder: Any) -> bool:
         for name, module in part.named_children()
         if name.endswith("_proj")
     ]
-    modules = list(decoder.modules())
     return (
         type(decoder.embed_tokens) is nn.Embedding
         and all(type(linear) is nn.Linear for linear in linears)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        # A method replaced on an instance, as accelerate does and tests do, must be heard.
-        and not any("forward" in vars(module) for module in modules)
+        and all(map(is_untouched, decoder.modules()))
     )
 
 

@@ -26,6 +26,7 @@ from llmdoctor.files import atomic_folder, write_json
 from llmdoctor.models.layers import cast_weights, copy_kept, decoder_layers, small_config, weights_read
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
+from llmdoctor.models.product import Product
 
 CONFIG_NAME = "draft.json"
 WEIGHTS_NAME = "draft.safetensors"
@@ -121,14 +122,19 @@ class CutHead:
     def __init__(self, head: LogitsHead, vocabulary: Tensor) -> None:
         self._finish = head.finish
         index = vocabulary.to(head.linear.weight.device)
-        self.weight = head.linear.weight.detach()[index]
-        self.bias = None if head.linear.bias is None else head.linear.bias.detach()[index]
+        bias = None if head.linear.bias is None else head.linear.bias.detach()[index]
+        self._product = Product(head.linear.weight.detach()[index], bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """[W, D]."""
+        return self._product.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., W] float32."""
         # Flat: a slice of one row counts as contiguous whatever its stride, and torch then copies the whole weight.
         flat = hidden.to(self.weight).reshape(-1, hidden.shape[-1])
-        raw = F.linear(flat, self.weight, self.bias).float().view(*hidden.shape[:-1], -1)
+        raw = self._product(flat).float().view(*hidden.shape[:-1], -1)
         return raw if self._finish is None else self._finish(raw)
 
 

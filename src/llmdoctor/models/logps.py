@@ -7,6 +7,7 @@ token t (0-based) is column P − 1 + t, and the N states s_0 … s_L are the co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmdoctor.errors import UserError
+from llmdoctor.models.product import is_untouched, product_of
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits alive at once: 32 Mi elements, 128 MiB in float32. No tensor of [tokens × vocabulary] outlives a chunk."""
@@ -79,6 +81,7 @@ class LogitsHead:
     def __init__(self, linear: nn.Linear, finish: LogitsFinish | None = None) -> None:
         self.linear = linear
         self.finish = finish
+        self._multiply: Callable[[Tensor], Tensor] = linear
 
     @property
     def weight(self) -> Tensor:
@@ -109,9 +112,14 @@ class LogitsHead:
             )
         return head
 
+    def prepare(self) -> None:
+        """Make `logits` as fast as can be for weights that stay as they are; call it again where they may not have."""
+        plain = type(self.linear) is nn.Linear and is_untouched(self.linear)
+        self._multiply = product_of(self.linear) if plain else self.linear
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] float32."""
-        raw = self.linear(hidden.to(self.linear.weight.dtype)).float()
+        raw = self._multiply(hidden.to(self.linear.weight.dtype)).float()
         return raw if self.finish is None else self.finish(raw)
 
     def selected_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
