@@ -15,7 +15,7 @@ from tests.bench.tools import PROMPTS, SEEDS, arena_of, tasks_of
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.cells import Answer
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender, Setting
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, FORMS, PATIENT, Contender, Setting
 from llmdoctor.bench.options import Shard, Task
 from llmdoctor.bench.points import Figures, Point
 from llmdoctor.bench.table import Chosen, Elo, Match, Row, _all_outcomes, at_kl, best_point, make_frontier, make_table
@@ -322,7 +322,8 @@ def test_ratings_hold_the_patient_still(compared: Arena) -> None:
 
 def test_each_pair_of_methods_has_its_row(rows: list[Row], compared: Arena) -> None:
     """Of n methods n(n − 1)/2; where LLMdoctor is one of them, what the table says from its side, on all prompts."""
-    found = json.loads((compared.output / "pairs.json").read_text())
+    every = json.loads((compared.output / "pairs.json").read_text())
+    found = [row for row in every if row["at"] == "best"]
     assert [(row["first"], row["second"]) for row in found] == list(itertools.combinations(CONTENDERS, 2))
     assert all(set(row) == set(get_type_hints(Match)) for row in found)
     best = {row["method"]: row for row in rows if row["at"] == "best"}
@@ -331,6 +332,29 @@ def test_each_pair_of_methods_has_its_row(rows: list[Row], compared: Arena) -> N
         if row["first"] == DOCTOR:
             same = ("win", "tie", "loss", "win_plus_half_tie", "ci_low", "ci_high", "prompts")
             assert [row[key] for key in same] == [best[row["second"]][key] for key in same]  # type: ignore[literal-required]
+
+
+def test_other_forms_of_llmdoctor_meet_the_methods_at_their_kl(rows: list[Row], compared: Arena) -> None:
+    every = json.loads((compared.output / "pairs.json").read_text())
+    found = {(row["first"], row["second"]): row for row in every if row["at"] == "equal_kl"}
+    others = [name for name in CONTENDERS if name not in (DOCTOR, PATIENT, *FORMS)]
+    assert list(found) == list(itertools.product(FORMS, others))
+    task = compared.tasks[0]
+    dpo = best_point(compared, task, CONTENDERS["dpo"])
+    for form in FORMS:
+        row = found[form, "dpo"]
+        doctor = at_kl(compared, task, dpo, form)
+        assert set(map(tuple, map(dict.items, doctor.settings))) <= {
+            tuple(dict(setting).items()) for setting in (*CONTENDERS[form].settings, {})
+        }
+        points = [compared.patient(task), *compared.points(task, CONTENDERS[form])]
+        reached = max(sum(map(sum, point.kls.values())) / sum(map(len, point.kls.values())) for point in points)
+        assert row["clamped"] == (reached < dpo.kl)
+        assert row["win_plus_half_tie"] == pytest.approx(sum(row["by_seed"]) / SEEDS)
+        outcomes = compared.outcomes(task, doctor.texts, dpo.texts)
+        assert row["win_plus_half_tie"] == pytest.approx(
+            100 * sum(map(sum, outcomes.values())) / (SEEDS * len(outcomes))
+        )
 
 
 def test_a_judge_that_costs_money_is_asked_no_more_than_links_all(

@@ -200,3 +200,6 @@ CONTENDERS: Mapping[str, Contender] = {
     )
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""
+
+FORMS = (DOCTOR_OF_PAIRS, "llmdoctor_onset", "llmdoctor_product")
+"""Other forms of LLMdoctor that are the patient itself at β = 0, so that they have an answer at every KL."""

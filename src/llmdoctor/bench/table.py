@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.cells import Answer
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, PATIENT, Contender
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, FORMS, PATIENT, Contender
 from llmdoctor.bench.options import Task
 from llmdoctor.bench.points import Answers, Figures, Point, distinct_4, perplexity
 from llmdoctor.errors import UserError
@@ -65,11 +65,18 @@ class Row(Result):
 
 
 class Match(Result):
-    """One row of `pairs.json`: the first method's result against the second, each at its best."""
+    """One row of `pairs.json`: the first method's result against the second.
+
+    `at` is `best` for each at its best, or `equal_kl`: then the first is one of LLMdoctor's other forms at the KL that
+    the second spends at its best (`clamped` where it does not reach that far). `by_seed` is as a `Row`'s.
+    """
 
     task: str
     first: str
     second: str
+    at: str
+    by_seed: list[float]
+    clamped: bool
 
 
 class Elo(TypedDict):
@@ -109,6 +116,7 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
         rows.extend(_row(arena, task, name, at, method, doctor) for name, at, method, doctor in matches)
         outcomes = _all_outcomes(arena, task, best)
         pairs.extend(_match(task, *names, of_prompts) for names, of_prompts in outcomes.items())
+        pairs.extend(_forms_at_equal_kl(arena, task, best))
         ratings.extend(_ratings(task, outcomes))
     arena.write("table.json", rows)
     arena.write("pairs.json", pairs)
@@ -227,10 +235,10 @@ def keeps_text(answers: Answers, patient: Answers) -> bool:
     ) >= LEAST_DISTINCT * distinct_4(patient)
 
 
-def at_kl(arena: Arena, task: Task, opponent: Chosen) -> Chosen:
-    """LLMdoctor at the KL that the opponent spends on the same prompts."""
+def at_kl(arena: Arena, task: Task, opponent: Chosen, form: str = DOCTOR) -> Chosen:
+    """LLMdoctor, or another form of it, at the KL that the opponent spends on the same prompts."""
     patient = arena.patient(task)
-    doctor = mixed_at_kl([patient, *arena.points(task, CONTENDERS[DOCTOR])], opponent)
+    doctor = mixed_at_kl([patient, *arena.points(task, CONTENDERS[form])], opponent)
     doctor.keeps_text = keeps_text(doctor.answers, patient.only(list(doctor.answers), doctor.seeds).answers)
     return doctor
 
@@ -270,7 +278,7 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "clamped": doctor.clamped,
         "keeps_text": method.keeps_text,
         "doctor_keeps_text": doctor.keeps_text,
-        "by_seed": [100 * sum(seed) / len(seed) for seed in zip(*outcomes.values(), strict=True)],
+        "by_seed": _by_seed(outcomes),
     }
 
 
@@ -303,8 +311,33 @@ def _shared(one: Chosen, other: Chosen) -> tuple[Chosen, Chosen]:
     return one.only(prompts, seeds), other.only(prompts, seeds)
 
 
-def _match(task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]]) -> Match:
-    return {"task": task.name, "first": first, "second": second, **_result(outcomes)}
+def _forms_at_equal_kl(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> list[Match]:
+    """LLMdoctor's other forms at the KL of each method that is none of its forms."""
+    # Where every match costs money, LLMdoctor itself is all that is asked for at equal KL.
+    if arena.judge(task).only_compares:
+        return []
+    found = []
+    for form, second in itertools.product(FORMS, best):
+        if form in best and second not in (PATIENT, DOCTOR, *FORMS):
+            opponent, _ = _shared(best[second], best[form])
+            doctor = at_kl(arena, task, opponent, form)
+            outcomes = arena.outcomes(task, doctor.texts, opponent.texts)
+            found.append(_match(task, form, second, outcomes, at="equal_kl", clamped=doctor.clamped))
+    return found
+
+
+def _match(
+    task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]], at: str = "best",
+    clamped: bool = False,
+) -> Match:  # fmt: skip
+    by_seed = _by_seed(outcomes)
+    return {"task": task.name, "first": first, "second": second, "at": at, **_result(outcomes), "by_seed": by_seed,
+            "clamped": clamped}  # fmt: skip
+
+
+def _by_seed(outcomes: Mapping[str, Sequence[float]]) -> list[float]:
+    """Percent won by each seed's answers."""
+    return [100 * sum(seed) / len(seed) for seed in zip(*outcomes.values(), strict=True)]
 
 
 def _result(outcomes: Mapping[str, Sequence[float]]) -> Result:

@@ -36,12 +36,10 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     Returns:
         [B] token ids.
     """
-    modes = scores.argmax(-1)
     if bool(greedy.all()):
-        return modes
-    return torch.where(
-        greedy, modes, _finish(scores, keys, greedy, _all_words(*scores.shape[1:], scores.device)).argmax(-1)
-    )
+        return scores.argmax(-1)
+    first = _finish(scores, keys, greedy, _all_words(*scores.shape[1:], scores.device)).argmax(-1)
+    return torch.where(greedy, scores.argmax(-1), first) if bool(greedy.any()) else first
 
 
 def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, tokens: Tensor) -> Tensor:
