@@ -115,9 +115,29 @@ def test_guesses_that_pay_are_made() -> None:
     """Chances of 0.8 and levels that cost next to nothing: chains; many candidates that are nearly free: wide trees."""
     chains = lives(Pace(16), [0.8, 0.05] + [0.0] * (RANKS - 2), level=0.02, guess=0.02)[100:]
     assert np.mean([len(tree.levels) - 1 for tree in chains]) > 2.5
-    wide = lives(Pace(16), [0.2] * 4 + [0.0] * (RANKS - 4), level=0.5, guess=0.001)[100:]
+    wide = lives(Pace(16), [0.2] * 4 + [0.0] * (RANKS - 4), level=0.3, guess=0.001)[100:]
     assert np.mean([len(tree.children[0]) for tree in wide]) > 3
 
 
 def test_no_more_than_allowed() -> None:
     assert max(tree.guesses for tree in lives(Pace(3), [0.5, 0.3] + [0.0] * (RANKS - 2), 0.01, 0.001)) == 3
+
+
+USUAL = [0.4, 0.12, 0.06, 0.045, 0.03, 0.025, 0.02, 0.015]
+
+
+@pytest.mark.parametrize(
+    ("level", "guess", "least"),
+    [(0.02, 0.13, 0.95), (0.05, 0.2, 0.95), (0.1, 0.45, 0.85), (0.1, 0.02, 0.85), (0.08, 0.003, 0.8)],
+    ids=["cores, few rows", "cores, more rows", "cores, many rows", "one row", "a GPU"],
+)
+def test_most_of_what_could_be_had_is_had_from_the_start(level: float, guess: float, least: float) -> None:
+    """Within 64 rounds, the usual length of an answer, against the best tree of all, had it been known."""
+
+    def cost(tree: Tree) -> float:
+        return 1 + level * (len(tree.levels) - 1) + guess * tree.guesses
+
+    every = [best_tree(USUAL, size, depth)[0] for size in range(33) for depth in range(1, 5)]
+    best = max(worth(tree, USUAL) / cost(tree) for tree in every)
+    chosen = lives(Pace(32), USUAL, level, guess, rounds=64)
+    assert sum(worth(tree, USUAL) for tree in chosen) / sum(map(cost, chosen)) > least * best

@@ -176,7 +176,7 @@ class GuidedDecoder:
                 ward.discharge()
                 # Taking rows in copies every cache, so it waits until there is place for several.
                 admits = waiting and (not ward.rows or (ward.can_admit and len(ward.rows) <= _ADMIT_BELOW * size))
-                with self.pace.round(ward.rows, guesses=ward.can_guess and not admits) as tree:
+                with self.pace.round(ward.rows, ward.can_guess and not admits, ward.get_ready) as tree:
                     ward.step(tree)
                     if admits:
                         new = [waiting.popleft() for _ in range(min(size - len(ward.rows), len(waiting)))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,20 +20,27 @@ _PRIOR = 16.0
 _USUAL = (0.35, 0.13, 0.065, 0.045, 0.03, 0.025, 0.02, 0.015)
 """How often candidates are thought to hold until that is known: about as those of SmolLM2-135M's draft do."""
 
-_LEVEL, _GUESS = 0.1, 0.02
-"""What a level of guesses and a guess are thought to cost, in passes, until that was measured."""
+_BELIEVED = np.array([1.0, 0.02, 0.06, 0.03])
+"""What a round, guessing at all, a level of guesses and a guess are thought to cost, in passes, until that is known."""
 
-_FADE = 0.98
-"""What is left, a round later, of the weight of a round with guesses."""
+_UNSURE = np.array([0.1, 0.05, 0.1, 0.08])
+"""Standard deviations of that."""
 
-_PLAIN_STEP = 0.1
-"""Weight of the newest round in the average of those without guesses."""
+_DRIFT = np.array([0.01, 0.002, 0.002, 0.002])
+"""How far each price moves from a round to the next."""
+
+_NOISE = 0.1
+"""How far a round's time is from its price, relative to it."""
+
+_LEAST = 0.05
+"""Passes that a round is thought to cost at least."""
+
+_FIRST = ((1, 1), (4, 1), (4, 2), (1, 1))
+"""Sizes and depths of the first trees that are timed, before any may be thought not to pay: so different that they tell
+what a guess costs from what a level does."""
 
 _OUTLIER = 2.0
 """A round is counted as at most so many times what was expected of it."""
-
-_GUESSED_FIRST = 3
-"""Rounds with guesses that are timed before they may be thought not to pay."""
 
 _LONGEST_WAIT = 1000
 """Rounds between two tries of guesses that do not pay, at most."""
@@ -61,18 +68,23 @@ class Pace:
         self._shapes: set[tuple[int, int]] = set()
 
     @contextmanager
-    def round(self, rows: Sequence[Row], guesses: bool) -> Iterator[Tree]:
-        """A round of these rows: gives what to guess, and times what is done with it."""
+    def round(self, rows: Sequence[Row], guesses: bool, ready: Callable[[], None] = lambda: None) -> Iterator[Tree]:
+        """A round of these rows: gives what to guess, and times what is done with it.
+
+        `ready` is called before a round with guesses is timed: it does what waited for one, which is not its price.
+        """
         if not guesses:
             yield Tree()
             return
         tree = self.choose(rows)
+        if tree.guesses:
+            ready()
         rows = [row for row in rows if not row.done]
         before = [(row.guesses_tried.copy(), row.guesses_held.copy()) for row in rows]
         start = time.perf_counter()
         yield tree
         seconds = time.perf_counter() - start
-        costs = self._costs.setdefault(_bucket(len(rows)), _Costs())
+        costs = self._of(len(rows))
         # The first pass of a shape pays for what is set up once, so it says little.
         if (shape := (len(rows), tree.guesses)) in self._shapes:
             costs.add(tree, seconds)
@@ -80,6 +92,14 @@ class Pace:
         for row, (tried, held) in zip(rows, before, strict=True):
             self._tried += row.guesses_tried - tried
             self._held += row.guesses_held - held
+
+    def _of(self, rows: int) -> _Costs:
+        """The costs for so many rows; at first, in passes, as those for about as many."""
+        bucket = _bucket(rows)
+        if bucket not in self._costs:
+            nearest = min(self._costs, key=lambda known: abs(known - bucket), default=None)
+            self._costs[bucket] = _Costs(None if nearest is None else self._costs[nearest])
+        return self._costs[bucket]
 
     def choose(self, rows: Sequence[Row]) -> Tree:
         """What to guess in the next round."""
@@ -89,9 +109,12 @@ class Pace:
         rates = np.mean(
             [(row.guesses_held + _PRIOR * usual) / (row.guesses_tried + _PRIOR) for row in alive], axis=0
         ).tolist()
-        costs = self._costs.setdefault(_bucket(len(alive)), _Costs())
+        costs = self._of(len(alive))
         if not costs.plain:
             return Tree()
+        if costs.guessed < len(_FIRST):
+            size, depth = _FIRST[costs.guessed]
+            return best_tree(rates, min(size, self.most), depth)[0]
         sizes = [size for size in _SIZES if size <= self.most]
         found = []
         for depth in range(1, _DEPTHS + 1):
@@ -99,7 +122,7 @@ class Pace:
                 tree, tokens = best_tree(rates, size, depth)
                 found.append((tokens / costs.seconds(tree), place, depth, tree))
         pays, place, depth, tree = max(found, key=lambda entry: entry[0])
-        if costs.guessed >= _GUESSED_FIRST and pays < 1 / costs.seconds(Tree()):
+        if pays < 1 / costs.seconds(Tree()):
             return tree if costs.try_again() else Tree()
         costs.pays()
         aside, rest = divmod(self._rounds, _ASIDE_EVERY)
@@ -112,20 +135,22 @@ class Pace:
 
 
 class _Costs:
-    """Seconds of a round: without guesses an average, with them a + b · levels + c · guesses, fitted to what was timed.
+    """Seconds of a round, a + f · whether it guesses + b · levels + c · guesses, by a Kalman filter on what was timed.
 
-    The newest rounds weigh most.
+    A price that is not tried is kept, and known less well with every round. Everything is in units of about a pass.
+
+    Args:
+        like: costs that these are thought to be like, until they are known.
 
     Attributes:
         plain, guessed: rounds without guesses and with some that were timed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: _Costs | None = None) -> None:
         self.plain = self.guessed = 0
-        self._plain_seconds = 1.0
-        self._products: npt.NDArray[np.float64] = np.zeros((3, 3))
-        self._sums: npt.NDArray[np.float64] = np.zeros(3)
-        self._fit: npt.NDArray[np.floating] | None = None
+        self._unit = 1.0
+        self._prices: npt.NDArray[np.float64] = _BELIEVED if like is None else like._prices / like._prices[0]
+        self._covariance: npt.NDArray[np.float64] = np.diag(_UNSURE**2)
         self._wait = self._left = _ASIDE_EVERY
 
     def pays(self) -> None:
@@ -142,36 +167,31 @@ class _Costs:
 
     def add(self, tree: Tree, seconds: float) -> None:
         """A round with this tree took so long."""
+        if not self.plain and not tree.guesses:
+            self._unit = seconds
         self.plain += not tree.guesses
         self.guessed += tree.guesses > 0
-        if self.plain == 1 and not tree.guesses:
-            self._plain_seconds = seconds
-            return
+        x, expected = _features(tree), self._passes(tree)
+        covariance = self._covariance + np.diag(_DRIFT**2)
+        # Nothing is known less well than before anything was timed.
+        excess = np.minimum(1.0, _UNSURE / np.sqrt(np.diag(covariance)))
+        covariance *= np.outer(excess, excess)
         # Other programs' work, a prompt that was read in between: no reason to believe in a new price at once.
-        seconds = min(seconds, _OUTLIER * self.seconds(tree))
-        if not tree.guesses:
-            self._plain_seconds += _PLAIN_STEP * (seconds - self._plain_seconds)
-            return
-        features = _features(tree)
-        self._products = _FADE * self._products + np.outer(features, features)
-        self._sums = _FADE * self._sums + seconds * features
-        # What was thought before is evidence, too: where rounds are all alike nothing else tells one part from another.
-        weights = np.array([1.0, 3.0, 300.0])
-        self._fit = np.linalg.solve(self._products + np.diag(weights), self._sums + weights * self._believed())
+        surprise = min(seconds / self._unit, _OUTLIER * expected) - x @ self._prices
+        gain = covariance @ x / (x @ covariance @ x + (_NOISE * expected) ** 2)
+        self._prices = self._prices + surprise * gain
+        self._covariance = covariance - np.outer(gain, x @ covariance)
 
     def seconds(self, tree: Tree) -> float:
         """Expected of a round with this tree."""
-        if not tree.guesses:
-            return self._plain_seconds
-        fit = self._believed() if self._fit is None else self._fit
-        return max(float(_features(tree) @ fit), 1e-9)
+        return self._unit * self._passes(tree)
 
-    def _believed(self) -> npt.NDArray[np.float64]:
-        return self._plain_seconds * np.array([1.0, _LEVEL, _GUESS])
+    def _passes(self, tree: Tree) -> float:
+        return max(float(_features(tree) @ self._prices), _LEAST)
 
 
 def _features(tree: Tree) -> npt.NDArray[np.float64]:
-    return np.array([1.0, len(tree.levels) - 1.0, float(tree.guesses)])
+    return np.array([1.0, tree.guesses > 0, len(tree.levels) - 1.0, float(tree.guesses)])
 
 
 def _bucket(rows: int) -> int:

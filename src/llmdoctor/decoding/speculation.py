@@ -25,8 +25,9 @@ from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.layers import weights_read
 
-_LATEST = 64
-"""Columns that may wait to be read: while nothing is guessed, states would otherwise pile up."""
+_LATEST = 256
+"""Columns that may wait to be read: while nothing is guessed, states would otherwise pile up. What waits until its row
+is done is never read."""
 
 
 def stand_in(lanes: Sequence[LaneSpec], references: Sequence[Voice | None]) -> Voice:
@@ -92,6 +93,13 @@ class DraftLane:
         mask = torch.arange(tokens.shape[1], device=kept.device) < kept[:, None]
         rows = torch.arange(len(branch), device=branch.device)[:, None]
         self._pending.append((tokens, mask, self._states.transpose(1, 2)[rows, branch].transpose(1, 2)))
+
+    def catch_up(self) -> None:
+        """Read what was observed but for the newest."""
+        if len(self._pending) > 1:
+            newest = self._pending.pop()
+            self._read()
+            self._pending = [newest]
 
     def expect(self, states: Tensor) -> None:
         """Hear of the states [M·B, K, D] that the next tokens are drawn from."""

@@ -98,6 +98,11 @@ class Ward:
         """Whether `step` may be asked for guesses."""
         return self._draft is not None or self._stand_in is not None
 
+    def get_ready(self) -> None:
+        """Do what is due before guesses can be made and was put off while there were none."""
+        if self._draft is not None:
+            self._draft.catch_up()
+
     def step(self, tree: Tree) -> None:
         """Append the tokens that were booked to all rows, and behind them a tree of guesses of what may follow."""
         if not self.rows:
