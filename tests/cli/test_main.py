@@ -65,6 +65,15 @@ def test_statuses_of_a_process(tmp_path: Path) -> None:
     assert mistaken.stderr == "llmdoctor: error: No such option: --no-such (see: llmdoctor inspect --help)\n"
 
 
+def test_an_output_of_another_encoding_gets_what_it_can_show() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run([*ENTRY, "train", "--help"], capture_output=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode("cp1252")
+    assert "Usage: llmdoctor train" in shown
+    assert "\\u03bb" in shown  # λ, which that encoding has no place for
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_behind_standard_output() -> None:
     with Path("/dev/full").open("w") as full:

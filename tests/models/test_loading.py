@@ -104,6 +104,11 @@ def test_a_folder_loads_frozen_and_ready_to_pad(saved: Path) -> None:
     assert batch["input_ids"] == [[2, 3], [1, 2]]
 
 
+def test_one_that_is_put_together_by_hand_is_in_evaluation_mode(folder: Path) -> None:
+    model = tiny_llama().train()
+    assert not LoadedModel(model, tiny_tokenizer(), "mine", {}).model.training
+
+
 def test_a_padding_token_that_is_there_is_kept(folder: Path) -> None:
     tiny_tokenizer(pad_token="c").save_pretrained(folder)
     assert load(folder).tokenizer.pad_token == "c"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -75,6 +76,9 @@ def _default(
 def main() -> None:
     """Console entry: runs the command line on this process's arguments and exits with its status."""
     spin_briefly()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where a console or pipe has another encoding than UTF-8, what it cannot show is escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

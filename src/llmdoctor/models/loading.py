@@ -45,6 +45,10 @@ class LoadedModel:
     spec: str
     fingerprint: dict[str, str]
 
+    def __post_init__(self) -> None:
+        # One that is put together by hand may come from a training, where dropout would change what is decoded.
+        self.model.eval()
+
 
 @dataclass(frozen=True)
 class _Source:

@@ -195,7 +195,7 @@ def dynamics(bands: Sequence[Band], label: str) -> Markup:
 
 def sheet(title: str, note: str, chart: Markup, looks: Iterable[Look] = ()) -> str:
     """A chart as a file of its own, on white, with its title and note above and a key below."""
-    lines = textwrap.wrap(note, 84)
+    lines = textwrap.wrap(note, 80)
     top = 36 + 17 * len(lines)
     height = int(str(chart).split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
     key, x, y = [], 14.0, top + height + 8.0
