@@ -91,7 +91,16 @@ def test_greedy_is_the_likeliest_and_the_patient_is_not(arena: Arena) -> None:
 def test_guides_move_the_patient(arena: Arena) -> None:
     """One epoch of 16 pairs is little, yet at its largest β every guide has changed some answer."""
     own = point(arena, PATIENT).answers
-    for name in (DOCTOR, "llmdoctor_onset", "llmdoctor_alpha", "llmdoctor_product", "genarm", "faces", "dpo"):
+    for name in (
+        DOCTOR,
+        "llmdoctor_both",
+        "llmdoctor_onset",
+        "llmdoctor_alpha",
+        "llmdoctor_product",
+        "genarm",
+        "faces",
+        "dpo",
+    ):
         texts = {prompt: row[0].text for prompt, row in point(arena, name).answers.items()}
         assert any(texts[prompt] != own[prompt][0].text for prompt in texts), name
 
