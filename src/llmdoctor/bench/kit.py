@@ -58,6 +58,12 @@ read-out; `no_rounds` learns from the pairs and their token rewards, and from it
 The last is the paper's objective as it is written."""
 
 
+MERGED = "merged"
+"""The doctors of the rounds and of the pairs as one, what `Kit.trained` calls it."""
+
+_MERGED_FROM = ("tfpo", "no_rounds")
+_MERGED_WEIGHTS = (1.0, 1.0)
+
 READOUT = "readout"
 """What `Kit.recipe` calls the patient's read-out."""
 
@@ -176,7 +182,7 @@ class Kit:
         return self._once(("rewards", name), acquire)
 
     def trained(self, kind: str, seed: int) -> Path:
-        """The folder of a trained model: an entry of `ABLATIONS`, "dpo", "genarm" or "reward_model"."""
+        """The folder of a trained model: an entry of `ABLATIONS`, "merged", "dpo", "genarm" or "reward_model"."""
 
         def train() -> Path:
             folder = self._models_folder / f"seed{seed}" / kind
@@ -249,6 +255,8 @@ class Kit:
             return digest(
                 [settings, asdict(RewardOptions(**changes.get("rewards", {}))), judge if settings["rounds"] else None]
             )
+        if kind == MERGED:
+            return digest([*(self.recipe(part, seed) for part in _MERGED_FROM), *_MERGED_WEIGHTS])
         if kind == READOUT:
             from llmdoctor.rewards import readout
 
@@ -268,6 +276,12 @@ class Kit:
         name = f"{self.task.name}, seed {seed}: training {kind}"
         if kind in ABLATIONS:
             return self._train_doctor(kind, seed, folder, name)
+        if kind == MERGED:
+            from llmdoctor.models.merging import merge_doctors
+
+            # Made anew each time: it takes a second, and so it is always that of the doctors beside it.
+            parts = [self.trained(part, seed) for part in _MERGED_FROM]
+            return merge_doctors(parts, _MERGED_WEIGHTS, folder)
         from llmdoctor.baselines.dpo import train_dpo
         from llmdoctor.baselines.genarm import train_genarm
         from llmdoctor.baselines.reward_training import train_reward_model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmdoctor.bench.kit import READOUT, Kit
+from llmdoctor.bench.kit import MERGED, READOUT, Kit
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.request import Decoder
@@ -91,13 +91,6 @@ def guided(kind: str, form: str) -> Build:
     return build
 
 
-def _both(kit: Kit, seed: int, setting: Setting) -> Built:
-    """The doctors of the rounds and of the pairs side by side, each with the setting's `beta`."""
-    guides = [kit.guide(kind, seed, "ratio") for kind in _BOTH]
-    decoder = GuidedDecoder(kit.patient, guides, max_batch_size=kit.options.batch_size)
-    return Built(decoder, {"betas": {guide.name: setting["beta"] for guide in guides}}, {})
-
-
 def _best_guided(kind: str) -> Build:
     """Guided decoding, several times over; the answer that the patient's read-out likes best is kept."""
 
@@ -165,7 +158,6 @@ def _grid(knob: str, *values: float, **fixed: float) -> tuple[Setting, ...]:
 
 
 _CRITIC = ("reward_model",)
-_BOTH = ("tfpo", "no_rounds")
 
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
@@ -180,8 +172,8 @@ CONTENDERS: Mapping[str, Contender] = {
                   _grid("alpha", 0.75, 1.25, 1.5, beta=2.0), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
-        Contender("llmdoctor_both", "LLMdoctor, rounds and pairs side by side", "this project",
-                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5), _both, trained=_BOTH),
+        Contender("llmdoctor_merged", "LLMdoctor, merged with the one of the pairs", "this project",
+                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5), guided(MERGED, "ratio"), trained=(MERGED,)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
                   _best_guided("tfpo"), trained=("tfpo", READOUT)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
@@ -211,5 +203,5 @@ CONTENDERS: Mapping[str, Contender] = {
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""
 
-FORMS = (DOCTOR_OF_PAIRS, "llmdoctor_both", "llmdoctor_onset", "llmdoctor_product")
+FORMS = (DOCTOR_OF_PAIRS, "llmdoctor_merged", "llmdoctor_onset", "llmdoctor_product")
 """Other forms of LLMdoctor that are the patient itself at β = 0, so that they have an answer at every KL."""

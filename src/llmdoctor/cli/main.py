@@ -14,7 +14,21 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from llmdoctor.cli import bench, chat, demo, draft, generate, inspect, models, pairs, readout, rewards, shrink, train
+from llmdoctor.cli import (
+    bench,
+    chat,
+    demo,
+    draft,
+    generate,
+    inspect,
+    merge,
+    models,
+    pairs,
+    readout,
+    rewards,
+    shrink,
+    train,
+)  # fmt: skip
 from llmdoctor.cli.command import Run
 from llmdoctor.errors import UserError
 from llmdoctor.threads import spin_briefly
@@ -41,6 +55,7 @@ for function in (
     shrink.shrink,
     draft.draft,
     train.train,
+    merge.merge,
     generate.generate,
     chat.chat,
 ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+
+from llmdoctor.models.lora import PlainLora
 
 _FEW_ROWS = 16
 """Up to so many rows a CPU multiplies these thin matrices faster in float32 than in half precision."""
@@ -23,11 +23,7 @@ _FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-_KEY = re.compile(r"^base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight$")
-_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-          "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "alora_invocation_tokens": None,
-          "trainable_token_indices": None, "layer_replication": None, "target_parameters": None}  # fmt: skip
-"""Settings of peft under which an adapter is B A x times one scale, and their values there."""
+_NAME = re.compile(r"^base_model\.model\.model\.layers\.(\d+)\.(.+)$")
 
 
 class LowRank:
@@ -82,18 +78,15 @@ class Adapter:
     @classmethod
     def load(cls, folder: Path, model: Any) -> Adapter | None:
         """Read what peft wrote for `model`, in its dtype; None where it is more than plain LoRA on linear layers."""
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA" or any((config.get(key) or None) != (value or None)
-                                                    for key, value in _PLAIN.items()):  # fmt: skip
+        lora = PlainLora.load(folder)
+        if lora is None or lora.config.get("fan_in_fan_out"):
             return None
-        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
         found: dict[int, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-            match = _KEY.match(key)
+        for name, parts in lora.parts.items():
+            match = _NAME.match(name)
             if match is None:
                 return None
-            number, module, part = match.groups()
-            found.setdefault(int(number), {}).setdefault(module, {})[part] = tensor
+            found.setdefault(int(match[1]), {})[match[2]] = parts
         layers = model.get_decoder().layers
         known = {module for modules in _FUSED.values() for module in modules}
         if not found or any(set(modules) - known for modules in found.values()) or max(found) >= len(layers):
@@ -101,7 +94,7 @@ class Adapter:
         like = model.get_input_embeddings().weight
         return cls({
             number: LayerDelta(**{
-                place: _fuse(layers[number], names, modules, scale, like) for place, names in _FUSED.items()
+                place: _fuse(layers[number], names, modules, lora.scale, like) for place, names in _FUSED.items()
             })
             for number, modules in found.items()
         })  # fmt: skip

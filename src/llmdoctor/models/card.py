@@ -11,7 +11,14 @@ def model_card(config: dict[str, Any]) -> str:
     """Markdown card with the hub's metadata block, from a `DoctorConfig` as a dict."""
     base = str(config["base"])
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["metrics"].items()) or "| – | – |"
-    settings = "\n".join(f"| {name} | {value} |" for name, value in config["training"].items()) or "| – | – |"
+    merged = config["training"].get("merged", [])
+    rows = [(part["dimension"] or "unnamed", f"{part['weight']:g} × adapter {part['adapter'][:16]}") for part in merged]
+    settings = "\n".join(f"| {name} | {value} |" for name, value in rows or config["training"].items()) or "| – | – |"
+    origin = (
+        f"adds up the adapters of {len(merged)} doctors; nothing of it was measured when it was made."
+        if merged
+        else "was trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)."
+    )
     name, _ = split_revision(base)
     hub_base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
     return f"""---
@@ -25,7 +32,7 @@ library_name: llmdoctor
 # Doctor: {config["dimension"] or "unnamed"}
 
 A doctor steers a large frozen language model while it decodes; the large model's weights are never touched. This one
-was trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416).
+{origin}
 
 - Base: `{base}` ({"LoRA adapter" if config["lora"] else "all weights"} and a value head)
 - Dimension: {config["dimension"] or "–"}
@@ -43,9 +50,9 @@ llmdoctor generate "Your prompt" --patient {base} --doctor THIS_FOLDER=1.0
 All but the counts are of held-out pairs. `preference_accuracy` is the share of them where
 log π̂/π_ref is higher on the chosen response.
 
-## Training
+## {"Merged from" if merged else "Training"}
 
-| setting | value |
+| {"doctor" if merged else "setting"} | value |
 |---|---|
 {settings}
 

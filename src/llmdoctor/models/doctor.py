@@ -194,7 +194,7 @@ class Doctor(nn.Module):
         """
         folder = local_folder(path)
         config = DoctorConfig.load(folder)
-        _check_whole(folder, config)
+        check_whole(folder, config)
         options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if config.lora:
             from peft import PeftModel
@@ -367,7 +367,8 @@ def local_folder(path: str | Path) -> Path:
     return hub_folder(str(path), "doctor")
 
 
-def _check_whole(folder: Path, config: DoctorConfig) -> None:
+def check_whole(folder: Path, config: DoctorConfig) -> None:
+    """UserError where the doctor in `folder` lacks a file."""
     weights = f"{ADAPTER_FOLDER}/adapter_model.safetensors" if config.lora else f"{MODEL_FOLDER}/config.json"
     absent = [name for name in (weights, VALUE_HEAD_NAME) if not (folder / name).is_file()]
     if absent:
@@ -376,7 +377,7 @@ def _check_whole(folder: Path, config: DoctorConfig) -> None:
 
 def check_doctor(folder: Path, config: DoctorConfig, base: LoadedModel) -> None:
     """UserError unless the doctor in `folder` is whole and `base` is what it was trained on."""
-    _check_whole(folder, config)
+    check_whole(folder, config)
     stored = config.base_fingerprint.get("tokenizer")
     if stored and stored != tokenizer_fingerprint(base.tokenizer):
         raise UserError(

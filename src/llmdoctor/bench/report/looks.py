@@ -85,7 +85,7 @@ _DRAWN: Mapping[str, Look] = {
     "llmdoctor_onset": Look("LLMdoctor, growing β", "", "", "teal", "diamond", hollow=True, dash="dashed"),
     "llmdoctor_alpha": Look("LLMdoctor, other α", "", "", "teal", "square", hollow=True, dash="dashed"),
     "llmdoctor_product": Look("LLMdoctor, product", "", "", "teal", "circle", hollow=True, dash="dashed"),
-    "llmdoctor_both": Look("LLMdoctor, both doctors", "", "", "teal", "star"),
+    "llmdoctor_merged": Look("LLMdoctor, merged", "", "", "teal", "star"),
     "llmdoctor_best": Look("LLMdoctor, best of 4", "", "", "teal", "hexagon", dash="dashed"),
     "patient": Look("patient", "", "", "ink", "circle", hollow=True),
     "greedy": Look("greedy", "", "", "grey", "square", hollow=True),
