@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmdoctor.decoding.request import Request, SamplingParams
     from llmdoctor.models.doctor import Doctor
     from llmdoctor.models.loading import load_model
+    from llmdoctor.models.merging import merge_doctors
     from llmdoctor.rewards.acquire import RewardOptions, acquire_rewards
     from llmdoctor.rewards.faces import face_pairs
     from llmdoctor.tfpo.config import TFPOConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "RoundOptions": "tfpo.rounds",
     "train_doctor": "tfpo.train",
     "Doctor": "models.doctor",
+    "merge_doctors": "models.merging",
     "load_guide": "decoding.guides",
     "GuidedDecoder": "decoding.engine",
     "Request": "decoding.request",
@@ -52,6 +54,7 @@ __all__ = [
     "load_guide",
     "load_model",
     "load_preferences",
+    "merge_doctors",
     "train_doctor",
 ]
 

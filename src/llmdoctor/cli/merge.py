@@ -28,7 +28,9 @@ def merge(
     doctors: _Parts,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new doctor's folder.")],
     overwrite: Overwrite = False,
-    dimension: Annotated[str, typer.Option("--dimension", help="What it is for; as they say it if left out.")] = "",
+    dimension: Annotated[
+        str | None, typer.Option("--dimension", help="What it is for; as they say it if left out.")
+    ] = None,
 ) -> None:
     """Add up several doctors' adapters to one doctor, which costs what one costs.
 
@@ -42,7 +44,7 @@ def merge(
     from llmdoctor.models.merging import merge_doctors
 
     run.kept = "Nothing had been written yet."
-    merge_doctors([part.path for part in parts], [part.beta for part in parts], output, dimension=dimension)
+    merge_doctors([part.path for part in parts], [part.beta for part in parts], output, dimension=dimension or "")
     made = DoctorConfig.load(output)
     named = f" for {made.dimension}" if made.dimension else ""
     run.say(f"{len(parts)} doctors are one{named}, in {output}")
