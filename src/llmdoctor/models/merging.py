@@ -88,8 +88,11 @@ def merge_doctors(
         versions={name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
     )
     tensors, rank = _concatenated(adapters, weights)
-    adapter = {**adapters[0].config, "r": rank, "lora_alpha": rank, "use_rslora": False, "inference_mode": True,
-               "target_modules": sorted({target for lora in adapters for target in _targets(lora)})}  # fmt: skip
+    adapter = {
+        **adapters[0].config, "r": rank, "lora_alpha": rank, "use_rslora": False, "inference_mode": True,
+        "target_modules": sorted({target for lora in adapters for target in _targets(lora)}),
+        "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
+    }  # fmt: skip
     width = load_file(folders[0] / VALUE_HEAD_NAME)["norm.weight"].numel()
     with atomic_folder(Path(output)) as folder:
         (folder / ADAPTER_FOLDER).mkdir()
