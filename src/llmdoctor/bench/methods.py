@@ -173,7 +173,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided("tfpo", "product"), trained=("tfpo",)),
         Contender("llmdoctor_merged", "LLMdoctor, merged with the one of the pairs", "this project",
-                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5), guided(MERGED, "ratio"), trained=(MERGED,)),
+                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2), guided(MERGED, "ratio"), trained=(MERGED,)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
                   _best_guided("tfpo"), trained=("tfpo", READOUT)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
