@@ -15,7 +15,7 @@ from llmdoctor.errors import UserError
 _Parts = Annotated[
     list[str],
     typer.Argument(
-        metavar="DOCTOR[=WEIGHT]...", show_default=False,
+        metavar="DOCTOR[=WEIGHT]", show_default=False,
         help="Folders or hub ids of LoRA doctors on one base, and how much of each (1 if left out).",
     ),
 ]  # fmt: skip

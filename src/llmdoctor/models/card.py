@@ -52,7 +52,7 @@ log π̂/π_ref is higher on the chosen response.
 
 ## {"Merged from" if merged else "Training"}
 
-| {"doctor" if merged else "setting"} | value |
+| {"doctor | share" if merged else "setting | value"} |
 |---|---|
 {settings}
 
