@@ -9,7 +9,7 @@ import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.doctors import DoctorArgument
-from llmdoctor.cli.options import Overwrite, next_command
+from llmdoctor.cli.options import Overwrite, check_replaceable, next_command
 from llmdoctor.errors import UserError
 
 _Parts = Annotated[
@@ -39,7 +39,9 @@ def merge(
     Example: llmdoctor merge runs/doctor runs/of-pairs -o runs/both
     """
     parts = [DoctorArgument.parse(text) for text in doctors]
-    _check_folder(output, overwrite)
+    if (output / "checkpoints").is_dir():
+        raise UserError(f"{output} holds a doctor's training; give the new one a folder of its own")
+    check_replaceable(output, "doctor", "doctor.json", overwrite)
     from llmdoctor.models.doctor import DoctorConfig
     from llmdoctor.models.merging import merge_doctors
 
@@ -49,17 +51,3 @@ def merge(
     named = f" for {made.dimension}" if made.dimension else ""
     run.say(f"{len(parts)} doctors are one{named}, in {output}")
     next_command(run, "generate", "PROMPT", "--patient", made.base, "--doctor", f"{output}=1")
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """The folder is replaced as a whole, so nothing else may be in it."""
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; give a folder for the new doctor")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / "doctor.json").is_file():
-        raise UserError(f"{folder} holds something else than a doctor; give the new one a folder of its own")
-    if (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder} holds a doctor's training; give the new one a folder of its own")
-    if not overwrite:
-        raise UserError(f"{folder} holds a doctor already; give another folder, or --overwrite")

@@ -161,6 +161,18 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} is there already; give another -o, or --overwrite to replace it")
 
 
+def check_replaceable(folder: Path, what: str, marker: str, overwrite: bool) -> None:
+    """UserError unless a command may replace a folder as a whole: absent, empty, or `what` it is, by its `marker`."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give a folder for the {what}")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        raise UserError(f"{folder} holds something else than a {what}; give the {what} a folder of its own")
+    if not overwrite:
+        raise UserError(f"{folder} holds a {what} already; give another folder, or --overwrite")
+
+
 def next_command(run: Run, *words: Any) -> None:
     """Print the command that comes next, ready to be copied."""
     run.say(f"next: {shlex.join(['llmdoctor', *map(str, words)])}")

@@ -16,11 +16,11 @@ from llmdoctor.cli.options import (
     Overwrite,
     Patient,
     TrustRemoteCode,
+    check_replaceable,
     load,
     next_command,
 )
 from llmdoctor.cli.rewards import DimensionOption, LimitOption, PairsOption, SourceFormat, SplitOption, count_pairs
-from llmdoctor.errors import UserError
 
 
 @command
@@ -53,7 +53,7 @@ def readout(
     from llmdoctor.evaluation.formatting import count, duration, percent_of
     from llmdoctor.rewards.readout import fit_readout
 
-    _check_folder(output, overwrite)
+    check_replaceable(output, "read-out", "readout.json", overwrite)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = "Nothing is kept of a read-out that was cut."
     start = time.perf_counter()
@@ -67,15 +67,3 @@ def readout(
     )
     run.say(f"the read-out is in {output}")
     next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """The folder is replaced as a whole, so nothing else may be in it."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a folder for the read-out")
-    if any(folder.iterdir()) and not (folder / "readout.json").is_file():
-        raise UserError(f"{folder} holds something else than a read-out; give the read-out a folder of its own")
-    if (folder / "readout.json").is_file() and not overwrite:
-        raise UserError(f"{folder} holds a read-out already; give another folder, or --overwrite")
