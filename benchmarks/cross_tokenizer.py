@@ -39,8 +39,9 @@ from llmdoctor.rewards.acquire import ScoringOptions, acquire_rewards
 from llmdoctor.rewards.faces import face_pairs
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import DoctorOptions, train_doctor
+from llmdoctor.tfpo.train import train_doctor
 
 NAME = "positive"
 OPTIONS = DoctorOptions(eval_fraction=0.1)

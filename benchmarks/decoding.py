@@ -56,7 +56,7 @@ from llmdoctor.models.doctor import Doctor, DoctorConfig  # noqa: E402
 from llmdoctor.models.draft import DraftModel, load_draft  # noqa: E402
 from llmdoctor.models.loading import LoadedModel, load_model  # noqa: E402
 from llmdoctor.shrink.drafter import DraftOptions, make_draft  # noqa: E402
-from llmdoctor.tfpo.train import DoctorOptions, lora_arguments  # noqa: E402
+from llmdoctor.tfpo.options import DoctorOptions, lora_arguments  # noqa: E402
 
 BETA = 1.0
 DRAFT = Path("runs/draft")

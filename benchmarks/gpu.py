@@ -64,7 +64,7 @@ from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.layers import weights_read
 from llmdoctor.models.loading import LoadedModel, tokenizer_fingerprint
 from llmdoctor.shrink.drafter import DraftOptions
-from llmdoctor.tfpo.train import DoctorOptions
+from llmdoctor.tfpo.options import DoctorOptions
 
 ACCEPTANCES = (0.5, 0.7, 0.8)
 SIZES = (1, 4, 16)

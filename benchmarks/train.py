@@ -48,8 +48,9 @@ from llmdoctor.rewards.acquire import acquire_rewards
 from llmdoctor.rewards.faces import face_pairs
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import DoctorOptions, train_doctor
+from llmdoctor.tfpo.train import train_doctor
 
 TFPO, PRECOMPUTED, SHIPPED, DEFAULTS = "tfpo", "dpo precomputed", "dpo as shipped", "dpo all defaults"
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.record import record
 from llmdoctor.bench.arena import Arena, ShardDone
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, Contender
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS, Contender
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import Chosen, mixed_at_kl
@@ -45,8 +45,11 @@ def at(name: str, *betas: float) -> Contender:
     return replace(whole, settings=tuple(setting for setting in whole.settings if setting["beta"] in betas))
 
 
-WEAK_DOCTOR = at(DOCTOR, 1, 2, 3, 4)
-WEAK = (at("llmdoctor_onset", 2, 4), at("llmdoctor_alpha", 2), at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
+WEAK_DOCTOR = at(DOCTOR_OF_ROUNDS, 1, 2, 3, 4)
+ONSET = replace(
+    WEAK_DOCTOR, name="llmdoctor_rounds_onset", settings=tuple({"beta": beta, "onset": 4.0} for beta in (2.0, 4.0))
+)
+WEAK = (ONSET, at(DOCTOR_OF_PAIRS, 1, 2), at("dpo", 0.5, 1))
 STRONG = (at("dpo", 0.5, 1), at("genarm", 0.5, 1))
 
 

@@ -93,7 +93,7 @@ def test_guides_move_the_patient(arena: Arena) -> None:
     own = point(arena, PATIENT).answers
     for name in (
         DOCTOR,
-        "llmdoctor_merged",
+        "llmdoctor_rounds",
         "llmdoctor_onset",
         "llmdoctor_alpha",
         "llmdoctor_product",

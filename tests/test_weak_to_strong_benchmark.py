@@ -59,8 +59,8 @@ def test_the_weak_doctor_meets_the_strong_at_its_kl(
     assert named == [
         ("strong", "patient", None), ("strong", "dpo", 0.5), ("strong", "dpo", 1.0),
         ("strong", "genarm", 0.5), ("strong", "genarm", 1.0),
-        ("weak", "llmdoctor", 1.0), ("weak", "llmdoctor", 2.0), ("weak", "llmdoctor", 3.0), ("weak", "llmdoctor", 4.0),
-        ("weak", "llmdoctor_onset", 2.0), ("weak", "llmdoctor_onset", 4.0), *[("weak", "llmdoctor_alpha", 2.0)] * 3,
+        *[("weak", "llmdoctor_rounds", beta) for beta in (1.0, 2.0, 3.0, 4.0)],
+        ("weak", "llmdoctor_rounds_onset", 2.0), ("weak", "llmdoctor_rounds_onset", 4.0),
         ("weak", "llmdoctor_pairs", 1.0), ("weak", "llmdoctor_pairs", 2.0), ("weak", "dpo", 0.5), ("weak", "dpo", 1.0),
     ]  # fmt: skip
     for pair, row in zip(found["comparisons"], rows[1:5], strict=True):
@@ -96,7 +96,7 @@ def test_shards_make_their_seeds_and_the_run_after_them_compares(
 
     weak_to_strong.main([*words, "--shard", "2/2"])
     assert "weak_to_strong" not in capsys.readouterr().out
-    expected = {f"raw/sentiment@base/llmdoctor/beta={beta}-seed1.jsonl.gz" for beta in (1, 2, 3, 4)}
+    expected = {f"raw/sentiment@base/llmdoctor_rounds/beta={beta}-seed1.jsonl.gz" for beta in (1, 2, 3, 4)}
     expected |= {f"raw/sentiment/dpo/beta={beta}-seed1.jsonl.gz" for beta in (0.5, 1)}
     assert answers() == expected
     weak_to_strong.main([*words, "--shard", "1/2"])

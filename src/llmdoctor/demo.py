@@ -151,7 +151,6 @@ def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOption
     from llmdoctor.tfpo.train import train_doctor
 
     config = TFPOConfig(output_dir=str(folder), seed=options.seed, disable_tqdm=True)
-    steps.start("Stage 2 · reading the pairs before training", len(rewards))
     return train_doctor(
         load_model(PATIENT),
         rewards,
@@ -160,7 +159,7 @@ def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOption
         rounds=RoundOptions(rounds=0),
         dimension=DIMENSION,
         callbacks=[steps.training_callback("Stage 2 · training the doctor")],
-        progress=steps.advance,
+        told=lambda what, units: steps.start(f"Stage 2 · {what}", units) if what else steps.advance(units),
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fill_folder(target: Path, save: Callable[[Path], None], last: str) -> None:
+    """Put what `save` writes into a folder among what is there already.
+
+    Args:
+        target: the folder.
+        save: writes everything into the folder that it is given, which it makes.
+        last: the file that makes `target` what it is; it goes first and comes last, so that a cut leaves nothing that
+            looks finished.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    (target / last).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        made = Path(scratch) / "made"
+        save(made)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == last):
+            place = target / path.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            path.replace(place)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.store import SIDES, RewardStore
-from llmdoctor.tfpo.train import DoctorOptions, lora_arguments
+from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 
 pytest.importorskip("trl")
 

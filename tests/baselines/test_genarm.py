@@ -21,7 +21,7 @@ from llmdoctor.errors import FingerprintMismatch, TrainingDiverged
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.store import SIDES, RewardStore
-from llmdoctor.tfpo.train import last_checkpoint
+from llmdoctor.tfpo.checkpoints import last_checkpoint
 
 
 def load(folder: Path, dtype: str = "float32") -> LoadedModel:

@@ -20,7 +20,7 @@ from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.reward_model import RewardModelConfig, load_reward_model
 from llmdoctor.rewards.store import SIDES, RewardStore
-from llmdoctor.tfpo.train import last_checkpoint
+from llmdoctor.tfpo.checkpoints import last_checkpoint
 
 pytest.importorskip("trl")
 

@@ -12,7 +12,7 @@ from tests.bench.tools import PROMPTS, Told, arena_of, cell_files
 from tests.tiny import some_pairs
 
 from llmdoctor.baselines.implicit import implicit_rewards
-from llmdoctor.bench.ablation import BETAS, AblationRow, kinds_of, make_ablation
+from llmdoctor.bench.ablation import BETAS, VARIANTS, AblationRow, make_ablation, variants_of
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.held_out import (
     GUIDES,
@@ -23,7 +23,7 @@ from llmdoctor.bench.held_out import (
     make_dynamics,
     make_human,
 )
-from llmdoctor.bench.kit import ABLATIONS, READOUT, Kit
+from llmdoctor.bench.kit import READOUT, Kit
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.data.preferences import write_pairs
@@ -47,9 +47,7 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
     before = cell_files(arena.output)
     rows = make_ablation(arena)
     assert rows == json.loads((arena.output / "ablation.json").read_text())
-    assert [(row["variant"], row["beta"]) for row in rows] == [
-        ("whole" if kind == "tfpo" else kind, beta) for kind in ABLATIONS for beta in BETAS
-    ]
+    assert [(row["variant"], row["beta"]) for row in rows] == [(name, beta) for name in VARIANTS for beta in BETAS]
     assert all(set(row) == set(get_type_hints(AblationRow)) for row in rows)
     assert all((row["prompts"], row["seeds"]) == (PROMPTS, 1) for row in rows)
     # The whole doctor's answers are the comparison's.
@@ -63,18 +61,18 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
 def test_some_variants_stand_beside_the_whole(made: tuple[Arena, Told]) -> None:
     rows = make_ablation(made[0], ["no_rounds"])
     assert [row["variant"] for row in rows] == ["whole", "whole", "no_rounds", "no_rounds"]
-    with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is tfpo, no_subtb"):
+    with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is whole, no_pairs, no_s"):
         make_ablation(made[0], ["no_flows"])
 
 
 def test_without_rounds_the_whole_is_the_doctor_of_the_pairs(
     tiny_folder: Path, bench_sources: Path, tmp_path: Path
 ) -> None:
-    assert kinds_of(BenchOptions()) == list(ABLATIONS)
-    kinds = ["tfpo", *(kind for kind in ABLATIONS if kind.startswith("pairs_"))]
-    assert kinds_of(BenchOptions(rounds=0)) == kinds
+    assert variants_of(BenchOptions()) == list(VARIANTS)
+    names = ["whole", *(name for name in VARIANTS if name.startswith("pairs_"))]
+    assert variants_of(BenchOptions(rounds=0)) == names
     arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, rounds=0)
-    with pytest.raises(UserError, match="no variant of the doctor without rounds is named no_rounds; there is tfpo, p"):
+    with pytest.raises(UserError, match="without rounds is named no_rounds; there is whole, p"):
         make_ablation(arena, ["no_rounds"])
 
 
@@ -154,5 +152,5 @@ def test_human_accuracy_is_the_share_of_pairs_preferred_right(
 
 
 def test_without_rounds_llmdoctor_is_compared_once() -> None:
-    assert list(guides_of(BenchOptions(rounds=0))) == [name for name in GUIDES if name != "llmdoctor_pairs"]
+    assert list(guides_of(BenchOptions(rounds=0))) == ["llmdoctor", "genarm", "dpo"]
     assert guides_of(BenchOptions()) == GUIDES

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.bench.tools import Told, options_of, tasks_of
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import ABLATIONS, Kit
+from llmdoctor.bench.kit import ABLATIONS, MERGED, Kit
 from llmdoctor.bench.methods import CONTENDERS
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
@@ -228,7 +230,7 @@ def test_doctors_of_two_seeds_differ(compared: Arena) -> None:
 def test_the_doctor_is_what_train_doctor_makes(
     compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path: Path
 ) -> None:
-    """The same pairs, epochs and seed give the same bytes."""
+    """The same pairs, epochs and seed give the same bytes; here its parts are kept for rows of their own."""
     from llmdoctor.tfpo.config import TFPOConfig
     from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -239,7 +241,19 @@ def test_the_doctor_is_what_train_doctor_makes(
     rounds = RoundOptions(rounds=kit.options.rounds)
     own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, rounds=rounds, dimension="positive")
     name = "adapter/adapter_model.safetensors"
-    assert (own / name).read_bytes() == (compared.output / "models/a/seed1/tfpo" / name).read_bytes()
+    models = compared.output / "models/a/seed1"
+    for part, kind in (("rounds", "tfpo"), ("pairs", "no_rounds")):
+        assert (own / "checkpoints" / "parts" / part / name).read_bytes() == (models / kind / name).read_bytes()
+    merged, expected = load_file(own / name), load_file(kit.trained(MERGED, 1) / name)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in merged.items())
+
+
+def test_without_rounds_there_is_nothing_to_merge(compared: Arena) -> None:
+    options = replace(compared.options, rounds=0)
+    kit = Kit(compared.tasks[0], options, compared.output / "models-of-pairs", Told())
+    assert kit.trained(MERGED, 0) == kit.trained("no_rounds", 0)
+    assert kit.recipe(MERGED, 0) == kit.recipe("no_rounds", 0)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("dpo", "DPO"), ("reward_model", "A reward model")])

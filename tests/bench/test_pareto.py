@@ -119,7 +119,7 @@ def test_a_lead_is_of_the_same_prompts() -> None:
     assert (told["lead_low"], told["lead_high"]) == pytest.approx((0.5 * told["low"], 0.5 * told["high"]))
 
 
-@pytest.mark.parametrize(("method", "kind"), [("llmdoctor", "tfpo"), ("mod", "dpo")])
+@pytest.mark.parametrize(("method", "kind"), [("llmdoctor", "merged"), ("mod", "dpo")])
 def test_mixtures_are_two_guides_by_hand(made: tuple[Arena, Told, Pareto], method: str, kind: str) -> None:
     """share 0.25 of strength 1: β = 0.25 on the first task's guide and 0.75 on the second's."""
     arena, _, _ = made

@@ -17,7 +17,7 @@ from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import Doctor, DoctorConfig
-from llmdoctor.models.merging import merge_doctors
+from llmdoctor.models.merging import is_merged_from, merge_doctors
 
 
 def saved(base: Path, folder: Path, seed: int, dimension: str, **lora: Any) -> Path:
@@ -75,13 +75,24 @@ def test_it_guides_in_the_patients_own_pass(tiny_folder: Path, parts: list[Path]
     assert guided.token_ids == expected.token_ids
 
 
+def test_it_is_known_by_what_it_is_made_of(tiny_folder: Path, parts: list[Path], tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    assert not is_merged_from(both, parts, (1.0, 0.5))
+    merge_doctors(parts, (1.0, 0.5), both)
+    assert is_merged_from(both, parts, (1, 0.5))
+    assert not is_merged_from(both, parts, (1.0, 1.0))
+    assert not is_merged_from(both, parts[::-1], (1.0, 0.5))
+    assert not is_merged_from(parts[0], parts, (1.0, 0.5))
+
+
 def test_it_says_what_it_is_made_of(tiny_folder: Path, parts: list[Path], tmp_path: Path) -> None:
     config = DoctorConfig.load(merge_doctors(parts, (1.0, 0.5), tmp_path / "both"))
     assert config.dimension == "kind+brief"
     assert [(part["weight"], part["dimension"]) for part in config.training["merged"]] == [(1, "kind"), (0.5, "brief")]
     card = (tmp_path / "both" / "README.md").read_text(encoding="utf-8")
     assert "the adapters of 2 doctors" in card
-    assert "| brief | 0.5 × adapter" in card
+    assert "| dimension | kind | brief |" in card
+    assert "| weight | 1 | 0.5 |" in card
     named = merge_doctors(parts, (1.0, 0.5), tmp_path / "named", dimension="calm")
     assert DoctorConfig.load(named).dimension == "calm"
 

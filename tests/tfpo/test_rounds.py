@@ -37,10 +37,12 @@ from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.readout import Readout, fit_readout
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo import rounds
+from llmdoctor.tfpo.lesson import READOUT_FOLDER
+from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering, draw_answers
-from llmdoctor.tfpo.train import READOUT_FOLDER, DoctorOptions, train_doctor
+from llmdoctor.tfpo.train import train_doctor
 
-OPTIONS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5)
+OPTIONS = RoundOptions(rounds=2, pairs_weight=0.0, round_prompts=6, round_eta=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -357,8 +359,9 @@ def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path:
 def test_a_setting_that_rounds_do_not_go_by_is_refused(
     tiny_folder: Path, tmp_path: Path, store: RewardStore, settings: dict[str, float], message: str
 ) -> None:
+    arguments = config(tmp_path / "d", **settings)
     with pytest.raises(UserError, match=message):
-        train_doctor(load(tiny_folder), store, config(tmp_path / "d", **settings), patient=load(tiny_folder))
+        train_doctor(load(tiny_folder), store, arguments, rounds=OPTIONS, patient=load(tiny_folder))
     assert not (tmp_path / "d").exists()
 
 
@@ -367,6 +370,7 @@ def test_a_setting_that_rounds_do_not_go_by_is_refused(
     [
         ({"eta": 0.3}, replace(OPTIONS, rounds=0)),
         ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_first=True)),
+        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),
         ({"leaf_beta": 0.2}, replace(OPTIONS, rounds=1, round_leaf_coef=1.0)),
     ],
 )
@@ -381,7 +385,13 @@ def test_a_setting_that_something_goes_by_is_not(
 
 
 def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
-    for name, value in (("rounds", -1), ("round_prompts", 0), ("round_eta", 0.0), ("round_branch_coef", -1.0)):
+    for name, value in (
+        ("rounds", -1),
+        ("pairs_weight", -0.5),
+        ("round_prompts", 0),
+        ("round_eta", 0.0),
+        ("round_branch_coef", -1.0),
+    ):
         with pytest.raises(UserError, match=name):
             RoundOptions(**{name: value})
     with pytest.raises(UserError, match="rounds need a LoRA doctor"):

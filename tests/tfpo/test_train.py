@@ -22,9 +22,11 @@ from llmdoctor.files import digest
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.checkpoints import last_checkpoint
 from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.options import RECORDED, DoctorOptions, lora_arguments, recorded
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import RECORDED, DoctorOptions, last_checkpoint, lora_arguments, recorded, train_doctor
+from llmdoctor.tfpo.train import train_doctor
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,8 @@ from pathlib import Path
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import DoctorOptions, train_doctor
+from llmdoctor.tfpo.options import DoctorOptions
+from llmdoctor.tfpo.train import train_doctor
 from tiny import config
 def main(model, rewards, folder, lora):
     settings = config(

@@ -20,7 +20,7 @@ from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.train import lora_arguments
+from llmdoctor.tfpo.options import lora_arguments
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
 BETA = 0.05

@@ -7,8 +7,6 @@ that a doctor would get, so that a comparison compares objectives.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,19 +20,16 @@ from llmdoctor.baselines.implicit import held_out_metrics
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.collate import RewardCollator
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
-from llmdoctor.files import digest, write_text
+from llmdoctor.files import digest, fill_folder, write_text
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import CONFIG_NAME as REWARD_CONFIG_NAME
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
-from llmdoctor.tfpo.train import (
-    DoctorOptions,
-    _claim_checkpoints,
-    _split,
-    lora_arguments,
-)
+from llmdoctor.tfpo.checkpoints import claim_checkpoints
+from llmdoctor.tfpo.lesson import split_rows
+from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -175,7 +170,7 @@ def open_run(
         raise UserError(f"{output} holds the token rewards; give the {method} baseline a folder of its own")
     if hasattr(base.model, "peft_config"):
         raise ValueError(f"{base.spec} carries an adapter already; load the base again for another baseline")
-    train_set, held_out = _split(rewards_for(base, rewards), eval_fraction)
+    train_set, held_out = split_rows(rewards_for(base, rewards), eval_fraction)
     finished = output / _last_file(config)
     if not resume:
         # Else a run that is cut would leave the result of other settings to be found.
@@ -183,7 +178,7 @@ def open_run(
     elif finished.is_file():
         _check_same(output, type(config).load(output), config)
         return BaselineRun(output, train_set, held_out, None, done=True)
-    checkpoint = _claim_checkpoints(output / "checkpoints", config, resume)  # type: ignore[arg-type]
+    checkpoint = claim_checkpoints(output / "checkpoints", config, resume)
     if base.model.device.type == "cpu":
         # As in `train_doctor`: fused attention has no fast bf16 backward on CPUs.
         base.model.set_attn_implementation("eager")
@@ -205,17 +200,7 @@ def finish_doctor(run: BaselineRun, doctor: Doctor, config: DoctorConfig) -> Non
 
 def place(run: BaselineRun, config: AnyConfig, save: Callable[[Path], None]) -> None:
     """Put what `save` writes beside the checkpoints; the config comes last and makes the folder a result."""
-    last = _last_file(config)
-    # A result that is replaced file by file is none until its last file is there.
-    (run.output / last).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=run.output) as scratch:
-        folder = Path(scratch) / "result"
-        save(folder)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
-            target = run.output / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
+    fill_folder(run.output, save, last=_last_file(config))
 
 
 def token_rows(rows: Any, encoder: ChatEncoder) -> dict[str, list[list[int]]]:

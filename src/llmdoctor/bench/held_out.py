@@ -9,8 +9,8 @@ from typing import TypedDict
 import numpy as np
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import READOUT, Kit
-from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS
+from llmdoctor.bench.kit import MERGED, READOUT, Kit
+from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
@@ -18,12 +18,15 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import signal_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
-GUIDES = {DOCTOR: "tfpo", DOCTOR_OF_PAIRS: "no_rounds", "genarm": "genarm", "dpo": "dpo"}
+GUIDES = {
+    DOCTOR: MERGED, DOCTOR_OF_ROUNDS: "tfpo", DOCTOR_OF_PAIRS: "no_rounds", "genarm": "genarm", "dpo": "dpo",
+}  # fmt: skip
 
 
 def guides_of(options: BenchOptions) -> dict[str, str]:
-    """The guides compared, by name, and what `Kit.trained` calls them; without rounds LLMdoctor's two are one."""
-    return {name: kind for name, kind in GUIDES.items() if options.rounds or name != DOCTOR_OF_PAIRS}
+    """The guides compared, by name, and what `Kit.trained` calls them; without rounds LLMdoctor's are one."""
+    parts = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS)
+    return {name: kind for name, kind in GUIDES.items() if options.rounds or name not in parts}
 
 
 class DynamicsRow(TypedDict):

@@ -184,6 +184,9 @@ class Kit:
     def trained(self, kind: str, seed: int) -> Path:
         """The folder of a trained model: an entry of `ABLATIONS`, "merged", "dpo", "genarm" or "reward_model"."""
 
+        # As `train_doctor`: without rounds there is nothing to merge.
+        kind = "no_rounds" if kind == MERGED and not self.options.rounds else kind
+
         def train() -> Path:
             folder = self._models_folder / f"seed{seed}" / kind
             with only_one(folder.parent / f".{kind}.lock", folder, self.steps):
@@ -255,6 +258,8 @@ class Kit:
             return digest(
                 [settings, asdict(RewardOptions(**changes.get("rewards", {}))), judge if settings["rounds"] else None]
             )
+        if kind == MERGED and not self.options.rounds:
+            return self.recipe("no_rounds", seed)
         if kind == MERGED:
             return digest([*(self.recipe(part, seed) for part in _MERGED_FROM), *_MERGED_WEIGHTS])
         if kind == READOUT:
@@ -277,10 +282,11 @@ class Kit:
         if kind in ABLATIONS:
             return self._train_doctor(kind, seed, folder, name)
         if kind == MERGED:
-            from llmdoctor.models.merging import merge_doctors
+            from llmdoctor.models.merging import is_merged_from, merge_doctors
 
-            # Made anew each time: it takes a second, and so it is always that of the doctors beside it.
             parts = [self.trained(part, seed) for part in _MERGED_FROM]
+            if is_merged_from(folder, parts, _MERGED_WEIGHTS):
+                return folder
             return merge_doctors(parts, _MERGED_WEIGHTS, folder)
         from llmdoctor.baselines.dpo import train_dpo
         from llmdoctor.baselines.genarm import train_genarm
@@ -322,7 +328,7 @@ class Kit:
 
         changes = {"rounds": self.options.rounds, **ABLATIONS[kind].get("rounds", {})}
         # Not the options': it is written into the doctors and recipes that answers go by, and decides nothing.
-        return RoundOptions(**changes, round_batch_size=ROUND_BATCH)
+        return RoundOptions(**changes, pairs_weight=0.0, round_batch_size=ROUND_BATCH)
 
     def _doctor_config(self, kind: str, seed: int, folder: Path) -> TFPOConfig:
         from llmdoctor.tfpo.config import TFPOConfig
@@ -335,15 +341,14 @@ class Kit:
 
     def _doctor_settings(self, kind: str, seed: int) -> dict[str, Any]:
         """What `train_doctor` writes into `doctor.json` of how it was trained."""
-        from llmdoctor.tfpo.train import DoctorOptions, recorded
+        from llmdoctor.tfpo.options import DoctorOptions, training_record
 
-        settings = recorded(self._doctor_config(kind, seed, Path()))
-        return {**settings, **vars(DoctorOptions()), **vars(self._rounds(kind))}
+        return training_record(self._doctor_config(kind, seed, Path()), DoctorOptions(), self._rounds(kind))
 
     def _check_doctor(self, folder: Path, settings: dict[str, Any], rewards: RewardStore) -> None:
         """FingerprintMismatch unless the doctor in `folder` is what `train_doctor` would make."""
         from llmdoctor.models.doctor import DoctorConfig
-        from llmdoctor.tfpo.train import decisive
+        from llmdoctor.tfpo.options import decisive
 
         stored = DoctorConfig.load(folder)
         was = {

@@ -15,6 +15,7 @@ Setting = Mapping[str, float]
 Build = Callable[[Kit, int, Setting], "Built"]
 
 DOCTOR = "llmdoctor"
+DOCTOR_OF_ROUNDS = "llmdoctor_rounds"
 DOCTOR_OF_PAIRS = "llmdoctor_pairs"
 PATIENT = "patient"
 BEST_OF_N = "best_of_n"
@@ -162,20 +163,20 @@ _CRITIC = ("reward_model",)
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
-        Contender(DOCTOR, "LLMdoctor (ratio)", "this project; arXiv 2601.10416",
+        Contender(DOCTOR, "LLMdoctor", "this project; arXiv 2601.10416",
+                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2, 3), guided(MERGED, "ratio"), trained=(MERGED,)),
+        Contender(DOCTOR_OF_ROUNDS, "LLMdoctor, trained in rounds", "this project; arXiv 2601.10416",
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",)),
         Contender(DOCTOR_OF_PAIRS, "LLMdoctor, trained on the pairs", "this project; arXiv 2601.10416",
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",)),
         Contender("llmdoctor_onset", "LLMdoctor, β growing over 4 tokens", "this project",
-                  _grid("beta", 1, 2, 3, 4, onset=4.0), guided("tfpo", "ratio"), trained=("tfpo",)),
-        Contender("llmdoctor_alpha", "LLMdoctor at β = 2, α from ¾ to 1½", "this project",
-                  _grid("alpha", 0.75, 1.25, 1.5, beta=2.0), guided("tfpo", "ratio"), trained=("tfpo",)),
+                  _grid("beta", 0.5, 1, 2, 3, onset=4.0), guided(MERGED, "ratio"), trained=(MERGED,)),
+        Contender("llmdoctor_alpha", "LLMdoctor at β = 1, α from ¾ to 1½", "this project",
+                  _grid("alpha", 0.75, 1.25, 1.5, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
-                  guided("tfpo", "product"), trained=("tfpo",)),
-        Contender("llmdoctor_merged", "LLMdoctor, merged with the one of the pairs", "this project",
-                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2), guided(MERGED, "ratio"), trained=(MERGED,)),
-        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
-                  _best_guided("tfpo"), trained=("tfpo", READOUT)),
+                  guided(MERGED, "product"), trained=(MERGED,)),
+        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, n=4.0),
+                  _best_guided(MERGED), trained=(MERGED, READOUT)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
         Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
@@ -203,5 +204,5 @@ CONTENDERS: Mapping[str, Contender] = {
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""
 
-FORMS = (DOCTOR_OF_PAIRS, "llmdoctor_merged", "llmdoctor_onset", "llmdoctor_product")
+FORMS = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS, "llmdoctor_onset", "llmdoctor_product")
 """Other forms of LLMdoctor that are the patient itself at β = 0, so that they have an answer at every KL."""

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import Kit
+from llmdoctor.bench.kit import MERGED, Kit
 from llmdoctor.bench.methods import CONTENDERS, PATIENT, Built, Contender, Setting
 from llmdoctor.bench.options import Task
 from llmdoctor.decoding.engine import GuidedDecoder
@@ -262,7 +262,7 @@ def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[
 
     doctors, merged, mod = "LLMdoctor, two doctors", "Reward Soup of DPO policies", "MOD of DPO policies"
     return [
-        Contender("llmdoctor", doctors, "arXiv 2601.10416", settings["llmdoctor"], mixed("tfpo"), trained=("tfpo",)),
+        Contender("llmdoctor", doctors, "arXiv 2601.10416", settings["llmdoctor"], mixed(MERGED), trained=(MERGED,)),
         Contender("reward_soup", merged, "arXiv 2306.04488", settings["reward_soup"], soup, trained=("dpo",)),
         Contender("mod", mod, "arXiv 2406.18853", settings["mod"], mixed("dpo"), trained=("dpo",)),
     ]

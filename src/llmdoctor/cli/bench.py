@@ -302,7 +302,7 @@ def ablation(
     chat: JudgeFlags,
     yes: Yes = False,
 ) -> None:
-    """The doctor without one of its parts (balances, flow, rounds), and the doctor of the pairs without one of its own.
+    """The doctor without one of its halves (rounds, pairs), and each half without one of its own parts.
 
     Example: llmdoctor bench ablation --quick
     """

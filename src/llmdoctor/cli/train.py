@@ -48,7 +48,7 @@ _Resume = Annotated[
     bool,
     typer.Option("--resume/--restart", help="Go on from the last checkpoint, or throw the checkpoints away."),
 ]
-_DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.train", "DoctorOptions", panel="What is trained")]
+_DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.options", "DoctorOptions", panel="What is trained")]
 _Rounds = Annotated[
     dict[str, Any],
     FieldsOf("llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds (none: --rounds 0)"),
@@ -97,8 +97,9 @@ def train(
     if faces is not None and faces not in (made_with, made_with.partition("#")[0]):
         raise UserError(f"the rewards in {rewards} were made with the faces {made_with!r}, not {faces!r}")
     from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
-    from llmdoctor.tfpo.train import DoctorOptions, train_doctor
+    from llmdoctor.tfpo.train import train_doctor
 
     options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
     model = load(run, base or store.manifest["patient"], dtype, device, trust_remote_code)
@@ -114,8 +115,6 @@ def train(
         **training,
     )
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
-    if not rounds.rounds or rounds.pairs_first:
-        run.progress.start("reading the pairs before training", len(store), "pairs")
     with quiet_training(run.verbose):
         train_doctor(
             model,
@@ -127,7 +126,6 @@ def train(
             dimension=dimension,
             resume=resume,
             callbacks=[run.progress.training_callback("training")],
-            progress=run.progress.advance,
             told=run.progress.told,
         )
     _summarise(run, store, output)

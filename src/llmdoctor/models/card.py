@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmdoctor.models.loading import split_revision
@@ -12,13 +13,11 @@ def model_card(config: dict[str, Any]) -> str:
     base = str(config["base"])
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["metrics"].items()) or "| – | – |"
     merged = config["training"].get("merged", [])
-    rows = [(part["dimension"] or "unnamed", f"{part['weight']:g} × adapter {part['adapter'][:16]}") for part in merged]
-    settings = "\n".join(f"| {name} | {value} |" for name, value in rows or config["training"].items()) or "| – | – |"
-    origin = (
-        f"adds up the adapters of {len(merged)} doctors; nothing of it was measured when it was made."
-        if merged
-        else "was trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)."
-    )
+    trained = "trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)"
+    origin = f"was {trained}."
+    if merged:
+        measured = "" if config["metrics"] else "; nothing of it was measured when it was made"
+        origin = f"adds up the adapters of {len(merged)} doctors, which were {trained}{measured}."
     name, _ = split_revision(base)
     hub_base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
     return f"""---
@@ -50,14 +49,29 @@ llmdoctor generate "Your prompt" --patient {base} --doctor THIS_FOLDER=1.0
 All but the counts are of held-out pairs. `preference_accuracy` is the share of them where
 log π̂/π_ref is higher on the chosen response.
 
-## {"Merged from" if merged else "Training"}
+## Training
 
-| {"doctor | share" if merged else "setting | value"} |
-|---|---|
-{settings}
+{_merged_table(merged) if merged else _table(["setting", "value"], config["training"].items())}
 
 ## Limits
 
 It was trained on one data set, for one dimension, and inherits its base model's flaws. Steering with a large β trades
 fluency and diversity for the reward: look at both.
 """
+
+
+def _merged_table(parts: list[dict[str, Any]]) -> str:
+    """A column for each doctor that was merged."""
+    names = list(dict.fromkeys(name for part in parts for name in part["training"]))
+    rows: list[list[Any]] = [
+        ["weight", *(f"{part['weight']:g}" for part in parts)],
+        ["dimension", *(part["dimension"] or "–" for part in parts)],
+        ["adapter", *(part["adapter"][:16] for part in parts)],
+    ]
+    rows += [[name, *(part["training"].get(name, "–") for part in parts)] for name in names]
+    return _table(["setting", *(f"doctor {number}" for number, _ in enumerate(parts, start=1))], rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *(list(rows) or [["–"] * len(head)])]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

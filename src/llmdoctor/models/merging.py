@@ -104,6 +104,16 @@ def merge_doctors(
     return Path(output)
 
 
+def is_merged_from(folder: str | Path, doctors: Sequence[str | Path], weights: Sequence[float]) -> bool:
+    """Whether `folder` holds what `merge_doctors` made of just these doctors, as they are now, at these weights."""
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        return False
+    was = [(part["adapter"], part["weight"]) for part in DoctorConfig.load(folder).training.get("merged", [])]
+    adapters = [sha256_file(Path(path) / ADAPTER_FOLDER / WEIGHTS) for path in doctors]
+    return was == list(zip(adapters, map(float, weights), strict=True))
+
+
 def _check_weights(doctors: Sequence[str | Path], weights: Sequence[float]) -> None:
     if len(doctors) < 2:
         raise UserError(f"merging needs at least two doctors, got {len(doctors)}")

@@ -24,7 +24,7 @@ from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink.losses import Head
 from llmdoctor.shrink.samples import Answer, Sampler
-from llmdoctor.tfpo.train import last_checkpoint
+from llmdoctor.tfpo.checkpoints import last_checkpoint
 
 Progress = Callable[[int], None]
 Batch = dict[str, Tensor]

@@ -56,7 +56,9 @@ class RoundOptions:
     Attributes:
         rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
             pairs instead.
-        pairs_first: learn from the pairs before the rounds.
+        pairs_weight: weight of a doctor that learns from the pairs and is merged with the one of the rounds into one
+            (`models.merging`), which errs less than either; 0 makes none.
+        pairs_first: learn from the pairs before the rounds, in one and the same doctor.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
         round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
@@ -68,6 +70,7 @@ class RoundOptions:
     """
 
     rounds: int = 4
+    pairs_weight: float = 1.0
     pairs_first: bool = False
     round_prompts: int = 300
     round_eta: float = 0.6
@@ -82,9 +85,14 @@ class RoundOptions:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.round_eta < math.inf:
             raise UserError(f"round_eta must be positive and finite, got {self.round_eta}")
-        for name in ("round_branch_coef", "round_leaf_coef"):
+        for name in ("pairs_weight", "round_branch_coef", "round_leaf_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def merges(self) -> bool:
+        """Whether two doctors are trained and merged: of the rounds, and of the pairs."""
+        return self.rounds > 0 and self.pairs_weight > 0
 
 
 class TokenJudge(Protocol):

@@ -74,8 +74,8 @@ def ablation_pictures(results: BenchResults, task: str, stem: str) -> Iterator[P
         for variant, own in groups(rows, "variant").items()
     ]
     note = (
-        "One line a variant, one spot a β. What falls below its whole at the same KL was worth having; of what is "
-        f"taken from the doctor of the pairs that doctor is the whole.{lost}"
+        "One line a variant, one spot a β. What falls below the one that it is taken from, at the same KL, was worth "
+        f"having: rounds and pairs are parts of the whole, and parts of theirs are taken from them.{lost}"
     )
     # One folder may hold parts that were trained from several bases.
     if base := results.records.get("ablation.json", {}).get("options", {}).get("base"):

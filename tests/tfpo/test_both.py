@@ -1,0 +1,195 @@
+"""What `train_doctor` makes by default: a doctor of the rounds and one of the pairs, merged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.killing import JobServer, last_step
+from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, load, save_tiny, some_pairs, tensors
+
+from llmdoctor.baselines.implicit import accuracy, implicit_rewards
+from llmdoctor.decoding.engine import GuidedDecoder
+from llmdoctor.decoding.guides import load_guide
+from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.models.doctor import Doctor, DoctorConfig
+from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.merging import merge_doctors
+from llmdoctor.rewards.readout import Readout
+from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.lesson import READOUT_FOLDER
+from llmdoctor.tfpo.options import DoctorOptions
+from llmdoctor.tfpo.rounds import RoundOptions
+from llmdoctor.tfpo.train import train_doctor
+
+ROUNDS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.5)
+OPTIONS = DoctorOptions(lora_rank=2, eval_fraction=0.25)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardStore:
+    return acquire(load(tiny_folder), some_pairs(16), tmp_path_factory.mktemp("rewards") / "store", theta=0.1)
+
+
+def train(base: LoadedModel, store: RewardStore, folder: Path, rounds: RoundOptions = ROUNDS, **more: Any) -> Path:
+    settings = config(folder, save_strategy="epoch", learning_rate=1e-2)
+    return train_doctor(base, store, settings, options=OPTIONS, rounds=rounds, **more)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """B A of every adapted layer, which is all that decoding sees."""
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    scaling = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    scale = scaling["lora_alpha"] / scaling["r"]
+    names = [name.removesuffix("lora_A.weight") for name in stored if name.endswith("lora_A.weight")]
+    return {name: scale * stored[f"{name}lora_B.weight"] @ stored[f"{name}lora_A.weight"] for name in names}
+
+
+def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    heard: list[tuple[str, int]] = []
+    base, patient = load(tiny_folder), load(tiny_folder)
+    before = tensors(base.model)
+    folder = train(base, store, tmp_path / "both", patient=patient, told=lambda *told: heard.append(told))
+    assert RoundOptions().merges, "by default"
+    after = tensors(base.model)
+    assert before.keys() == after.keys(), "no adapter is left on the base"
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    apart = [
+        train(load(tiny_folder), store, tmp_path / "rounds", replace(ROUNDS, pairs_weight=0.0), patient=patient),
+        train(load(tiny_folder), store, tmp_path / "pairs", replace(ROUNDS, rounds=0)),
+    ]
+    expected = adapter(merge_doctors(apart, [1.0, 0.5], tmp_path / "merged"))
+    found = adapter(folder)
+    assert found.keys() == expected.keys()
+    for name, matrix in expected.items():
+        assert matrix.abs().max() > 1e-4
+        torch.testing.assert_close(found[name], matrix, atol=1e-7, rtol=1e-5)
+    for name, alone in zip(("rounds", "pairs"), apart, strict=True):
+        part = folder / "checkpoints" / "parts" / name
+        assert DoctorConfig.load(part).training == DoctorConfig.load(alone).training
+        assert Doctor.from_pretrained(part, base=load(tiny_folder)).doctor_config.dimension == "kind"
+
+    stored = DoctorConfig.load(folder)
+    assert stored.dimension == "kind"
+    assert stored.rewards_fingerprint == store.fingerprint
+    assert [part["weight"] for part in stored.training["merged"]] == [1.0, 0.5]
+    assert [part["training"]["rounds"] for part in stored.training["merged"]] == [2, 0]
+    assert set(stored.metrics) == {
+        "preference_accuracy", "margin", "chosen_reward", "rejected_reward", "train_pairs", "held_out_pairs",
+    }  # fmt: skip
+    assert (stored.metrics["train_pairs"], stored.metrics["held_out_pairs"]) == (12, 4)
+    rewards = implicit_rewards(folder, list(store.rows())[12:], base=load(tiny_folder))
+    assert stored.metrics["preference_accuracy"] == accuracy(rewards)
+    chosen = sum(reward.totals[0] for reward in rewards) / 4
+    assert stored.metrics["chosen_reward"] == pytest.approx(chosen, rel=1e-3, abs=1e-4)
+    card = (folder / "README.md").read_text()
+    assert "nothing of it was measured" not in card
+    assert f"| margin | {stored.metrics['margin']:.4g} |" in card
+    assert "| rounds | 2 | 0 |" in card
+    assert Readout.from_pretrained(folder / READOUT_FOLDER, patient).fit.pairs == 12
+
+    began = [what for what, _ in heard if what]
+    assert began == [
+        "reading the pairs for the read-out",
+        "reading the pairs held out",
+        "round 1 of 2: answers",
+        "round 2 of 2: answers",
+        "reading the pairs before training",
+        "reading the pairs held out",
+    ]
+    assert sum(units for what, units in heard if not what) == 12 + 4 + 2 * 16 + 16 + 4
+
+    written = {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}
+    assert train(base, store, folder, patient=patient) == folder
+    assert written == {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}, "a finished run stays"
+    assert DoctorConfig.load(folder) == stored
+
+
+def test_it_guides(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """By a folder, as any doctor; on its own base in one pass."""
+    patient = load(tiny_folder)
+    folder = train(load(tiny_folder), store, tmp_path / "both", patient=patient)
+    request = Request.from_text("hello cat", sampling=SamplingParams(max_new_tokens=8, seed=1))
+    alone = GuidedDecoder(patient).generate([request])[0]
+    guided = GuidedDecoder(patient, [load_guide(folder, patient)]).generate([replace(request, betas={"kind": 1.0})])[0]
+    assert guided.kl != 0
+    assert alone.kl == 0
+
+
+def test_other_weights_are_another_training(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    patient = load(tiny_folder)
+    folder = train(load(tiny_folder), store, tmp_path / "both", patient=patient)
+    whole = adapter(folder)
+    for other in (replace(ROUNDS, pairs_weight=1.0), replace(ROUNDS, pairs_weight=0.0), replace(ROUNDS, rounds=0)):
+        with pytest.raises(FingerprintMismatch, match="Start anew with resume switched off"):
+            train(load(tiny_folder), store, folder, other, patient=patient)
+    assert all(torch.equal(matrix, whole[name]) for name, matrix in adapter(folder).items()), "nothing was touched"
+    anew = train(load(tiny_folder), store, folder, replace(ROUNDS, pairs_weight=1.0), patient=patient, resume=False)
+    assert any(not torch.allclose(matrix, whole[name], atol=1e-6) for name, matrix in adapter(anew).items())
+
+
+def test_what_the_rounds_lack_is_told_before_anything_is_trained(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path
+) -> None:
+    other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
+    with pytest.raises(UserError, match="is not the patient that gave the rewards"):
+        train(load(tiny_folder), store, tmp_path / "both", patient=other)
+    assert not (tmp_path / "both").exists()
+
+
+def test_on_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    base = load(save_tiny(tmp_path / "base", byte_level(300, OTHER_CORPUS), seed=5))
+    folder = train(base, store, tmp_path / "both", patient=load(tiny_folder))
+    stored = DoctorConfig.load(folder)
+    assert stored.base == str(tmp_path / "base")
+    assert len(stored.training["merged"]) == 2
+    assert not hasattr(base.model, "peft_config")
+
+
+JOB = """
+from pathlib import Path
+from llmdoctor.models.loading import load_model
+from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.options import DoctorOptions
+from llmdoctor.tfpo.rounds import RoundOptions
+from llmdoctor.tfpo.train import train_doctor
+from tiny import config
+def main(model, rewards, folder):
+    settings = config(
+        Path(folder), save_strategy="steps", save_steps=2, per_device_train_batch_size=1, num_train_epochs=2,
+        learning_rate=1e-2,
+    )
+    train_doctor(
+        load_model(model, dtype="float32", device="cpu"), RewardStore.open(rewards), settings,
+        options=DoctorOptions(lora_rank=2, eval_fraction=0.25),
+        rounds=RoundOptions(rounds=2, round_prompts=6, round_eta=0.5),
+        patient=load_model(model, dtype="float32", device="cpu"),
+    )
+"""
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, job_server: JobServer
+) -> None:
+    """SIGKILL in the rounds, and twice while the pairs are learned: bit-identical, and the same figures."""
+    job_server.run(JOB, tiny_folder, store.folder, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    parts = folder / "checkpoints" / "parts"
+
+    def progress() -> int:
+        rounds, pairs = (parts / "rounds" / "checkpoints" / "rounds", parts / "pairs" / "checkpoints")
+        return last_step(rounds) + last_step(pairs)
+
+    job_server.run_through_kills(JOB, tiny_folder, store.folder, folder, progress=progress, kills=[6, 14, 24])
+    names = {path.relative_to(folder) for path in folder.glob("*/*.safetensors")}
+    assert Path("adapter/adapter_model.safetensors") in names
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert DoctorConfig.load(folder) == DoctorConfig.load(tmp_path / "whole")
