@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,3 +196,44 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert DoctorConfig.load(folder) == DoctorConfig.load(tmp_path / "whole")
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+from llmdoctor.models.loading import load_model
+from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.options import DoctorOptions
+from llmdoctor.tfpo.rounds import RoundOptions
+from llmdoctor.tfpo.train import train_doctor
+from tiny import config
+model, rewards, folder = sys.argv[1:]
+settings = config(Path(folder), save_strategy="epoch", learning_rate=1e-2, per_device_train_batch_size=2)
+base, patient = (load_model(model, dtype="float32", device="cpu") for _ in range(2))
+train_doctor(
+    base, RewardStore.open(rewards), settings, options=DoctorOptions(lora_rank=2, eval_fraction=0.25), patient=patient,
+    rounds=RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.5),
+)
+"""
+
+
+def test_two_processes_train_one_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """Twice as many pairs a step, the same number as one process with batches of twice the size; written by one."""
+    script = tmp_path / "job.py"
+    script.write_text(PROCESSES)
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         script, tiny_folder, store.folder, tmp_path / "two"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = train(load(tiny_folder), store, tmp_path / "one", patient=load(tiny_folder))
+    # Both add up the same gradients, in another order.
+    expected, found = adapter(alone), adapter(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    for name, matrix in expected.items():
+        torch.testing.assert_close(found[name], matrix, atol=2e-4, rtol=0.05)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in alone.iterdir()}

@@ -36,7 +36,7 @@ def merge(
 
     At β it says about what they say side by side at WEIGHT · β each. Loads no model; takes a second.
 
-    Example: llmdoctor merge runs/doctor runs/of-pairs -o runs/both
+    Example: llmdoctor merge runs/helpful=1 runs/harmless=0.5 -o runs/mixed
     """
     parts = [DoctorArgument.parse(text) for text in doctors]
     if (output / "checkpoints").is_dir():

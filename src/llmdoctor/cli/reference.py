@@ -28,7 +28,8 @@ def commands() -> dict[str, Any]:
 def spellings(parameter: Any) -> list[str]:
     """How a parameter is written: an option's names, an argument's metavar."""
     if parameter.param_type_name == "argument":
-        return [parameter.metavar.strip("[]")]
+        # An optional one stands in brackets; brackets within are its own.
+        return [re.sub(r"^\[(.*)\]$", r"\1", parameter.metavar)]
     return [*parameter.opts, *parameter.secondary_opts]
 
 

@@ -51,7 +51,9 @@ _Resume = Annotated[
 _DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.options", "DoctorOptions", panel="What is trained")]
 _Rounds = Annotated[
     dict[str, Any],
-    FieldsOf("llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds (none: --rounds 0)"),
+    FieldsOf(
+        "llmdoctor.tfpo.rounds", "RoundOptions", panel="Rounds (none: --rounds 0; without pairs: --pairs-weight 0)"
+    ),
 ]
 _GradientAccumulationSteps = Annotated[
     int,
@@ -84,7 +86,7 @@ def train(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a doctor (stage 2): in rounds on answers under its own guidance, or on the token rewards of the pairs.
+    """Train a doctor (stage 2): in rounds on answers under its own guidance and on the pairs, merged into one.
 
     A run that was cut goes on from its last checkpoint when the same command is given again.
 

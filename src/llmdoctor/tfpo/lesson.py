@@ -6,7 +6,8 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ Told = Callable[[str, int], None]
 
 READOUT_FOLDER = "readout"
 """Within a doctor's folder: the judge of its rounds."""
+
+
+@contextmanager
+def first_process(config: TFPOConfig) -> Iterator[bool]:
+    """One process goes first, in which this is true; the others of the training wait for it and follow."""
+    with config.main_process_first(local=False):
+        yield config.process_index == 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Lesson:
         """
         doctor = self._untrained(rounds)
         checkpoints = output / "checkpoints"
-        checkpoint = claim_checkpoints(checkpoints, doctor.doctor_config, resume)
+        with first_process(self.config) as first:
+            checkpoint = claim_checkpoints(checkpoints, doctor.doctor_config, resume or not first)
         trainer: TFPOTrainer | None = None
         if not rounds.rounds or rounds.pairs_first:
             self.told("reading the pairs before training", len(self.train_set) + len(self.held_out or ()))
@@ -108,7 +117,9 @@ class Lesson:
             if readout is not None:
                 shutil.copytree(readout, folder / READOUT_FOLDER)
 
-        fill_folder(output, save, last=CONFIG_NAME)
+        with first_process(self.config) as first:
+            if first:
+                fill_folder(output, save, last=CONFIG_NAME)
 
     def _untrained(self, rounds: RoundOptions) -> Doctor:
         """The doctor before its first step, with what it will be trained by on its card."""
@@ -145,7 +156,8 @@ class Lesson:
             # What cannot answer is told now, not after the pairs were read.
             answering(doctor, answerer, 1)
         count = len(self.train_set)
-        readout = _readout(checkpoints, self.given, count, self.patient, self.told)
+        with first_process(self.config):
+            readout = _readout(checkpoints, self.given, count, self.patient, self.told)
         length = rounds.round_max_new_tokens or max(
             len(ids)
             for row in (self.train_set if answerer is None else self.given.rows(count))

@@ -56,8 +56,8 @@ class RoundOptions:
     Attributes:
         rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
             pairs instead.
-        pairs_weight: weight of a doctor that learns from the pairs and is merged with the one of the rounds into one
-            (`models.merging`), which errs less than either; 0 makes none.
+        pairs_weight: weight of a second doctor, which learns from the pairs and is merged with the one of the rounds
+            into one that errs less than either; 0 trains none.
         pairs_first: learn from the pairs before the rounds, in one and the same doctor.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.

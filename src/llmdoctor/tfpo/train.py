@@ -17,7 +17,7 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import READOUT_FOLDER, Lesson, Told, split_rows
+from llmdoctor.tfpo.lesson import READOUT_FOLDER, Lesson, Told, first_process, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -104,7 +104,8 @@ def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool
         lesson.base.spec, dict(lesson.base.fingerprint), rewards_fingerprint=dict(lesson.rewards.fingerprint),
         training=training_record(lesson.config, lesson.options, rounds),
     )  # fmt: skip
-    claim_checkpoints(checkpoints, whole, resume)
+    with first_process(lesson.config) as first:
+        claim_checkpoints(checkpoints, whole, resume or not first)
     # The rounds first: what they need and lack is told before anything was trained.
     parts = {
         checkpoints / "parts" / "rounds": (replace(rounds, pairs_weight=0.0), 1.0),
@@ -115,7 +116,10 @@ def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool
         if not (folder / CONFIG_NAME).is_file():
             lesson.teach(part, folder)
     folders, weights = list(parts), [weight for _, weight in parts.values()]
-    merged = merge_doctors(folders, weights, checkpoints / "parts" / "merged", dimension=lesson.dimension)
+    merged = checkpoints / "parts" / "merged"
+    with first_process(lesson.config) as first:
+        if first:
+            merge_doctors(folders, weights, merged, dimension=lesson.dimension)
     lesson.finish(Doctor.from_pretrained(merged, base=lesson.base), output, folders[0] / READOUT_FOLDER)
 
 
