@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from tests.cli.harness import CPU, Cli
 
 from llmdoctor.models.doctor import DoctorConfig
@@ -47,3 +48,16 @@ def test_what_is_no_place_for_it(cli: Cli, finished: Path, tmp_path: Path) -> No
     assert "at least two doctors" in cli("merge", doctor, "-o", tmp_path / "new").err
     assert "is not a doctor" in cli("merge", doctor, tmp_path / "other", "-o", tmp_path / "new").err
     assert not (tmp_path / "new").exists()
+
+
+def test_of_several_processes_the_first_speaks(
+    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun numbers them; what goes wrong is told by whoever it happens to."""
+    doctor = finished / "doctor"
+    monkeypatch.setenv("RANK", "1")
+    done = cli("merge", doctor, doctor, "-o", tmp_path / "both")
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "both" / "doctor.json").is_file()
+    wrong = cli("merge", doctor, tmp_path, "-o", tmp_path / "more")
+    assert (wrong.status, "is not a doctor" in wrong.err) == (2, True)

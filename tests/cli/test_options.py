@@ -20,7 +20,7 @@ SOURCES = [
     ("llmdoctor.pairs.make", "PairOptions"),
     ("llmdoctor.rewards.acquire", "ScoringOptions"),
     ("llmdoctor.rewards.acquire", "RewardOptions"),
-    ("llmdoctor.tfpo.train", "DoctorOptions"),
+    ("llmdoctor.tfpo.options", "DoctorOptions"),
     ("llmdoctor.tfpo.config", "TFPOConfig"),
     ("llmdoctor.decoding.request", "SamplingParams"),
     ("llmdoctor.demo", "DemoOptions"),

@@ -461,6 +461,16 @@ def test_unknown_dtype(saved: Path) -> None:
         load(saved, dtype="float8")
 
 
+@pytest.mark.parametrize(
+    ("local", "expected"), [("", "cuda"), ("0", "cuda:0"), ("3", "cuda:3"), ("4", "cuda"), ("x", "cuda")]
+)
+def test_each_process_of_a_training_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, local: str, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert loading._resolve_device("auto") == expected
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0", "mps:1", ""])
 def test_unknown_device(saved: Path, device: str) -> None:
     with pytest.raises(UserError, match=f"Unknown device '{device}'; expected auto, cpu, cuda"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,21 +26,26 @@ class Run:
     Attributes:
         progress: bars on standard error.
         console: tables on standard output.
+        silent: another process of the same training speaks; only errors are told.
         verbose: show what the libraries below print.
         debug: show tracebacks for the user's errors, too.
         kept: what an interrupted run leaves and how it goes on; a command sets it as it proceeds.
     """
 
     def __init__(self) -> None:
+        # torchrun numbers the processes of one training; the first speaks for all of them.
+        self.silent = os.environ.get("RANK", "0") != "0"
         self.progress = Progress()
-        self.console = Console(highlight=False)
+        self.progress.console.quiet = self.silent
+        self.console = Console(highlight=False, quiet=self.silent)
         self.verbose = False
         self.debug = False
         self.kept = ""
 
     def say(self, text: str) -> None:
         """A line of results on standard output."""
-        typer.echo(text)
+        if not self.silent:
+            typer.echo(text)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -179,7 +179,9 @@ def _stored_weights_fingerprint(source: _Source) -> str:
 def _resolve_device(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():
-            return "cuda"
+            # Each of torchrun's processes has a GPU of its own.
+            local = os.environ.get("LOCAL_RANK", "")
+            return f"cuda:{local}" if local.isdecimal() and int(local) < torch.cuda.device_count() else "cuda"
         # Apple GPUs have no float64, which translating a doctor of another tokenizer needs; taken only when asked for.
         return "cpu"
     if device == "balanced":
