@@ -24,10 +24,10 @@ FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 """Weight of the first task; the second has the rest. Quarters alone are steps so coarse that where they happen to fall
 decides which hypervolume is the larger."""
 
-STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (3.0, 6.0), "reward_soup": (1.0, 2.0), "mod": (1.0, 2.0)}
-"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; beyond, they go
-on along the same log-ratios. LLMdoctor's are three times as high because a β of 3 spends what DPO's 1 does: 30 and 32
-nats on sentiment, 39 and 44 on readability (`benchmarks/results/frontier.json`)."""
+STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (1.0, 2.0), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0)}
+"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose; a half goes half
+the way along the same log-ratios. LLMdoctor's are twice as high because a β of 2 spends what DPO's 1 does, over the two
+tasks: 44 and 32 nats on sentiment, 31 and 44 on readability (`benchmarks/results/frontier.json`)."""
 
 
 class ParetoPoint(TypedDict):
