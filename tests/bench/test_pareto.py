@@ -83,7 +83,7 @@ def test_a_point_is_on_the_front_unless_its_method_has_a_better_one(made: tuple[
 
 
 def test_strengths_that_spend_alike() -> None:
-    """What is told of them is what the committed frontier says: twice DPO's strength is about DPO's KL over both tasks."""
+    """What is told of them is what the committed frontier says: twice DPO's strength spends alike over both tasks."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "frontier.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
     kl = {(row["task"], row["method"], row["setting"].get("beta")): row["kl"] for row in rows}
