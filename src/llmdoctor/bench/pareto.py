@@ -25,8 +25,8 @@ FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 decides which hypervolume is the larger."""
 
 STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (1.0, 2.0), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0)}
-"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose, at a half it goes
-half the way. LLMdoctor's are twice as high because a β of 2 spends what DPO's 1 does, over the two tasks: 44 and 32
+"""What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose, at a half it
+goes half the way. LLMdoctor's are twice as high because a β of 2 spends what DPO's 1 does, over both tasks: 44 and 32
 nats on sentiment, 31 and 44 on readability (`benchmarks/results/frontier.json`)."""
 
 
