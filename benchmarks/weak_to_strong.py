@@ -1,7 +1,7 @@
 """Does a doctor much smaller than the patient steer it as well as training the patient itself would?
 
     python -m benchmarks.weak_to_strong --base FOLDER --work FOLDER [--task sentiment] [--seeds 3]
-        [--weak llmdoctor_onset,llmdoctor_alpha,llmdoctor_pairs,dpo] [--strong dpo,genarm] [--shard I/N]
+        [--weak llmdoctor_rounds_onset,llmdoctor_pairs,dpo] [--strong dpo,genarm] [--shard I/N]
         [--output benchmarks/results/weak_to_strong.json] [--quick]
 
 `--base` is a model that `llmdoctor shrink` made from the patient. On the arena's pairs and prompts (see docs/arena.md),

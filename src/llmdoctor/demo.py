@@ -155,7 +155,7 @@ def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOption
         load_model(PATIENT),
         rewards,
         config,
-        # A minute instead of several; the figures of docs/arena.md are those of rounds.
+        # A minute instead of several; the figures of docs/arena.md are of rounds and pairs.
         rounds=RoundOptions(rounds=0),
         dimension=DIMENSION,
         callbacks=[steps.training_callback("Stage 2 · training the doctor")],

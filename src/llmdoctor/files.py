@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fill_folder(target: Path, save: Callable[[Path], None], last: str) -> None:
+def fill_folder(target: Path, save: Callable[[Path], None], last: str, gone: Sequence[str] = ()) -> None:
     """Put what `save` writes into a folder among what is there already.
 
     Args:
@@ -71,12 +71,16 @@ def fill_folder(target: Path, save: Callable[[Path], None], last: str) -> None:
         save: writes everything into the folder that it is given, which it makes.
         last: the file that makes `target` what it is; it goes first and comes last, so that a cut leaves nothing that
             looks finished.
+        gone: folders that are removed where `save` writes none of that name: what was there before is another one's.
     """
     target.mkdir(parents=True, exist_ok=True)
     (target / last).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         made = Path(scratch) / "made"
         save(made)
+        for name in gone:
+            if not (made / name).exists():
+                shutil.rmtree(target / name, ignore_errors=True)
         for path in sorted(made.iterdir(), key=lambda path: path.name == last):
             place = target / path.name
             if place.is_dir():

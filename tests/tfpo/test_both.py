@@ -61,6 +61,7 @@ def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: Reward
     folder = train(base, store, tmp_path / "both", patient=patient, told=lambda *told: heard.append(told))
     assert RoundOptions().merges, "by default"
     after = tensors(base.model)
+    assert base.model.config._attn_implementation == patient.model.config._attn_implementation
     assert before.keys() == after.keys(), "no adapter is left on the base"
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -110,7 +111,7 @@ def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: Reward
     assert sum(units for what, units in heard if not what) == 12 + 4 + 2 * 16 + 16 + 4
 
     written = {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}
-    assert train(base, store, folder, patient=patient) == folder
+    assert train(load(tiny_folder), store, folder, patient=patient) == folder
     assert written == {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}, "a finished run stays"
     assert DoctorConfig.load(folder) == stored
 
@@ -136,6 +137,63 @@ def test_other_weights_are_another_training(tiny_folder: Path, store: RewardStor
     assert all(torch.equal(matrix, whole[name]) for name, matrix in adapter(folder).items()), "nothing was touched"
     anew = train(load(tiny_folder), store, folder, replace(ROUNDS, pairs_weight=1.0), patient=patient, resume=False)
     assert any(not torch.allclose(matrix, whole[name], atol=1e-6) for name, matrix in adapter(anew).items())
+
+
+def test_a_restart_that_was_cut_leaves_nothing_that_passes_for_the_new_doctor(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path
+) -> None:
+    patient, other = load(tiny_folder), replace(ROUNDS, rounds=1, round_eta=0.2)
+    folder = train(load(tiny_folder), store, tmp_path / "both", patient=patient)
+    (folder / "checkpoints" / "fingerprint.json").unlink()
+    with pytest.raises(FingerprintMismatch):
+        train(load(tiny_folder), store, folder, other, patient=patient)
+    anew = train(load(tiny_folder), store, folder, other, patient=patient, resume=False)
+    rounds, _ = DoctorConfig.load(anew).training["merged"]
+    assert (rounds["training"]["rounds"], rounds["training"]["round_eta"]) == (1, 0.2)
+    assert not list(folder.glob(".*"))
+
+
+def test_another_name_is_everywhere(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    patient = load(tiny_folder)
+    folder = train(load(tiny_folder), store, tmp_path / "both", patient=patient)
+    before = adapter(folder)
+    train(load(tiny_folder), store, folder, patient=patient, dimension="calm")
+    stored = DoctorConfig.load(folder)
+    assert [stored.dimension, *(part["dimension"] for part in stored.training["merged"])] == ["calm"] * 3
+    assert all(torch.equal(matrix, before[name]) for name, matrix in adapter(folder).items()), "trained once"
+
+
+def test_only_what_belongs_to_the_new_doctor_stays(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    folder = train(load(tiny_folder), store, tmp_path / "both", patient=load(tiny_folder))
+    assert (folder / READOUT_FOLDER).is_dir()
+    train(load(tiny_folder), store, folder, replace(ROUNDS, rounds=0), resume=False)
+    assert not (folder / READOUT_FOLDER).exists()
+    assert (folder / "adapter").is_dir()
+
+
+def test_pairs_first_is_one_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    first = replace(ROUNDS, pairs_first=True)
+    folder = train(load(tiny_folder), store, tmp_path / "first", first, patient=load(tiny_folder))
+    assert not (folder / "checkpoints" / "parts").exists()
+    assert "merged" not in DoctorConfig.load(folder).training
+
+
+def test_a_base_is_left_as_it_was(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """With gradient checkpointing, too, and where the training breaks off."""
+    base, patient = load(tiny_folder), load(tiny_folder)
+    settings = config(tmp_path / "both", gradient_checkpointing=True, save_strategy="epoch")
+    train_doctor(base, store, settings, options=OPTIONS, rounds=ROUNDS, patient=patient)
+    assert not base.model.is_gradient_checkpointing
+    assert not base.model.get_input_embeddings()._forward_hooks
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+    def stop(what: str, units: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base, store, tmp_path / "cut", patient=patient, told=stop)
+    assert not hasattr(base.model, "peft_config")
+    train(base, store, tmp_path / "cut", patient=patient)
 
 
 def test_what_the_rounds_lack_is_told_before_anything_is_trained(
@@ -237,3 +295,4 @@ def test_two_processes_train_one_doctor(tiny_folder: Path, store: RewardStore, t
     for name, matrix in expected.items():
         torch.testing.assert_close(found[name], matrix, atol=2e-4, rtol=0.05)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in alone.iterdir()}
+    assert DoctorConfig.load(tmp_path / "two").metrics == pytest.approx(DoctorConfig.load(alone).metrics, rel=0.05)

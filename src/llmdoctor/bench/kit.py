@@ -53,8 +53,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
         "rewards": {"signed": False},
     },
 }
-"""The doctor and what can be taken from it. `online_dpo` is DPO in rounds on answers of its own, ranked by the same
-read-out; `no_rounds` learns from the pairs and their token rewards, and from it the parts of that objective are taken.
+"""The doctor's two halves and what can be taken from them: `tfpo` is trained in rounds, `no_rounds` on the pairs and
+their token rewards. `online_dpo` is DPO in rounds on answers of its own, ranked by the same read-out.
 The last is the paper's objective as it is written."""
 
 

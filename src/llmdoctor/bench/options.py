@@ -74,7 +74,7 @@ class BenchOptions:
         seeds: independent repetitions: each trains its own models and draws its own answers.
         max_new_tokens: longest answer.
         epochs: passes over the pairs, the same for all that is trained on them; a doctor of rounds goes by `rounds`.
-        rounds: of LLMdoctor's doctors on answers of their own; 0 trains them on the pairs, `epochs` times, instead.
+        rounds: of that half of LLMdoctor's doctors that learns from answers of its own; 0 leaves the one of the pairs.
         rollout_tokens: how far Transfer-Q* looks ahead.
         transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
         batch_size: answers decoded together; changes no answer, up to rounding.

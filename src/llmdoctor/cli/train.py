@@ -130,6 +130,7 @@ def train(
             callbacks=[run.progress.training_callback("training")],
             told=run.progress.told,
         )
+    run.progress.close()
     _summarise(run, store, output)
 
 

@@ -16,7 +16,7 @@ def model_card(config: dict[str, Any]) -> str:
     trained = "trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)"
     origin = f"was {trained}."
     if merged:
-        measured = "" if config["metrics"] else "; nothing of it was measured when it was made"
+        measured = "" if "margin" in config["metrics"] else "; nothing of it was measured when it was made"
         origin = f"adds up the adapters of {len(merged)} doctors, which were {trained}{measured}."
     name, _ = split_revision(base)
     hub_base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""

@@ -286,6 +286,8 @@ class Doctor(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """As transformers' models have it; called by the trainer."""
         self.causal_lm.gradient_checkpointing_enable(**kwargs)
+        # Called again it would leave the former hooks on.
+        self.causal_lm.disable_input_require_grads()
         self.causal_lm.enable_input_require_grads()
 
     @contextlib.contextmanager

@@ -48,8 +48,12 @@ def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, re
         "settings": digest(decisive(config.training)),
     }
     marker = folder / "fingerprint.json"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not resume and folder.exists():
+        # Away as a whole: what a cut leaves half deleted would pass for somebody's.
+        retired = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        folder.replace(retired)
+        shutil.rmtree(retired, ignore_errors=True)
     if _is_json(marker):
         stored = json.loads(marker.read_text(encoding="utf-8"))
         if stored != current:

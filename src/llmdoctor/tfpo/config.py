@@ -113,6 +113,12 @@ class TFPOConfig(TrainingArguments):
     report_to: str | list[str] | None = field(
         default="none", metadata={"help": "tensorboard, wandb, trackio, … as transformers offers them, if installed."}
     )
+    ddp_timeout: int = field(
+        default=6 * 3600,
+        metadata={
+            "help": "Seconds that several processes wait for each other: the first reads and draws answers alone."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "The collator reads the reward columns itself."}
     )

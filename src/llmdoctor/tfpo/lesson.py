@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,15 @@ from transformers import TrainerCallback
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
-from llmdoctor.files import fill_folder
-from llmdoctor.models.doctor import CONFIG_NAME, Doctor
+from llmdoctor.files import digest, fill_folder
+from llmdoctor.models.doctor import ADAPTER_FOLDER, CONFIG_NAME, MODEL_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.readout import CONFIG_NAME as READOUT_CONFIG
 from llmdoctor.rewards.readout import Readout, fit_readout_to_ids
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.tfpo.checkpoints import claim_checkpoints, last_checkpoint
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.options import DoctorOptions, lora_arguments, training_record
+from llmdoctor.tfpo.options import DoctorOptions, decisive, lora_arguments, training_record
 from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
@@ -78,34 +78,64 @@ class Lesson:
         Raises:
             As `train_doctor`.
         """
-        doctor = self._untrained(rounds)
         checkpoints = output / "checkpoints"
-        with first_process(self.config) as first:
-            checkpoint = claim_checkpoints(checkpoints, doctor.doctor_config, resume or not first)
-        trainer: TFPOTrainer | None = None
-        if not rounds.rounds or rounds.pairs_first:
-            self.told("reading the pairs before training", len(self.train_set) + len(self.held_out or ()))
-            trainer = self._trainer(doctor, checkpoints, self.train_set)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if rounds.rounds:
-            trainer = self._rounds_trainer(doctor, rounds, checkpoints)
-            checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        assert trainer is not None
-        self._write(doctor, output, _held_out_figures(trainer), checkpoints / READOUT_FOLDER if rounds.rounds else None)
-        if self.options.lora:
-            doctor.lm.unload()
+        with self._of(self._untrained(rounds)) as doctor:
+            with first_process(self.config) as first:
+                checkpoint = claim_checkpoints(checkpoints, doctor.doctor_config, resume or not first)
+            trainer: TFPOTrainer | None = None
+            if not rounds.rounds or rounds.pairs_first:
+                self.told("reading the pairs before training", len(self.train_set) + len(self.held_out or ()))
+                trainer = self._trainer(doctor, checkpoints, self.train_set, self.callbacks)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if rounds.rounds:
+                trainer = self._rounds_trainer(doctor, rounds, checkpoints)
+                checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            assert trainer is not None
+            judge = checkpoints / READOUT_FOLDER if rounds.rounds else None
+            self._write(doctor, output, _held_out_figures(trainer), judge)
+
+    def taught(self, rounds: RoundOptions, output: Path) -> bool:
+        """Whether `output` holds the doctor that `teach` would write there."""
+        if not (output / CONFIG_NAME).is_file():
+            return False
+        found, record = DoctorConfig.load(output), training_record(self.config, self.options, rounds)
+        return (
+            found.dimension == self.dimension
+            and found.is_on(self.base)
+            and found.rewards_fingerprint == dict(self.rewards.fingerprint)
+            # As JSON, which knows no tuples.
+            and digest(decisive(found.training)) == digest(decisive(record))
+        )
 
     def finish(self, doctor: Doctor, output: Path, readout: Path) -> None:
         """Measure a doctor that is there, its value head untrained, and write it, with its judge, to `output`."""
         figures: dict[str, float] = {}
-        if self.held_out is not None:
-            self.told("reading the pairs held out", len(self.held_out))
-            figures = _held_out_figures(self._trainer(doctor, output / "checkpoints", None))
-            # Its balance is that of an untrained value head, which says nothing.
-            del figures["loss"]
-        self._write(doctor, output, figures, readout)
-        doctor.lm.unload()
+        with self._of(doctor):
+            if self.held_out is not None:
+                self.told("reading the pairs held out", len(self.held_out))
+                figures = _held_out_figures(self._trainer(doctor, output / "checkpoints", None, ()))
+                # Its balance is that of an untrained value head, which says nothing.
+                del figures["loss"]
+            self._write(doctor, output, figures, readout)
+
+    @contextmanager
+    def _of(self, doctor: Doctor) -> Iterator[Doctor]:
+        """What is done with a doctor; at the end the base is itself again where the doctor is an adapter on it."""
+        model, lora = self.base.model, self.options.lora
+        attention = model.config._attn_implementation
+        if model.device.type == "cpu":
+            # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
+            model.set_attn_implementation("eager")
+        try:
+            yield doctor
+        finally:
+            if lora:
+                doctor.lm.unload()
+                if self.config.gradient_checkpointing:
+                    model.gradient_checkpointing_disable()
+                    model.disable_input_require_grads()
+                model.set_attn_implementation(attention)
 
     def _write(self, doctor: Doctor, output: Path, figures: dict[str, float], readout: Path | None) -> None:
         """Put the finished doctor beside its checkpoints."""
@@ -119,7 +149,7 @@ class Lesson:
 
         with first_process(self.config) as first:
             if first:
-                fill_folder(output, save, last=CONFIG_NAME)
+                fill_folder(output, save, last=CONFIG_NAME, gone=(ADAPTER_FOLDER, MODEL_FOLDER, READOUT_FOLDER))
 
     def _untrained(self, rounds: RoundOptions) -> Doctor:
         """The doctor before its first step, with what it will be trained by on its card."""
@@ -131,9 +161,6 @@ class Lesson:
             dimension=self.dimension,
             seed=self.config.seed,
         )
-        if base.model.device.type == "cpu":
-            # Fused attention has no fast bf16 backward on CPUs; at completion lengths the plain product is faster.
-            base.model.set_attn_implementation("eager")
         doctor.doctor_config.rewards_fingerprint = dict(self.rewards.fingerprint)
         doctor.doctor_config.training = training_record(self.config, options, rounds)
         return doctor
@@ -143,10 +170,12 @@ class Lesson:
         config.output_dir = str(folder)
         return config
 
-    def _trainer(self, doctor: Doctor, folder: Path, rows: Any | None) -> TFPOTrainer:
+    def _trainer(
+        self, doctor: Doctor, folder: Path, rows: Any | None, callbacks: Sequence[TrainerCallback]
+    ) -> TFPOTrainer:
         return TFPOTrainer(
             doctor, self._arguments(folder), rows, self.held_out,
-            progress=lambda units: self.told("", units), callbacks=list(self.callbacks),
+            progress=lambda units: self.told("", units), callbacks=list(callbacks),
         )  # fmt: skip
 
     def _rounds_trainer(self, doctor: Doctor, rounds: RoundOptions, checkpoints: Path) -> RoundsTrainer:

@@ -56,9 +56,9 @@ class RoundOptions:
     Attributes:
         rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
             pairs instead.
-        pairs_weight: weight of a second doctor, which learns from the pairs and is merged with the one of the rounds
-            into one that errs less than either; 0 trains none.
-        pairs_first: learn from the pairs before the rounds, in one and the same doctor.
+        pairs_weight: beside rounds, weight of a second doctor, which learns from the pairs and is merged with the one
+            of the rounds into one that errs less than either; 0 trains none.
+        pairs_first: learn from the pairs before the rounds, in one and the same doctor, instead of merging two.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
         round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
@@ -92,7 +92,7 @@ class RoundOptions:
     @property
     def merges(self) -> bool:
         """Whether two doctors are trained and merged: of the rounds, and of the pairs."""
-        return self.rounds > 0 and self.pairs_weight > 0
+        return self.rounds > 0 and self.pairs_weight > 0 and not self.pairs_first
 
 
 class TokenJudge(Protocol):

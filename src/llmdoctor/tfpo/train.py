@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
+from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.merging import merge_doctors
 from llmdoctor.rewards.store import RewardStore
@@ -48,7 +48,7 @@ def train_doctor(
     same weights as an uninterrupted one.
 
     Args:
-        base: the doctor's base model. With LoRA it is itself again when this returns; else all its weights are trained.
+        base: the doctor's base model. With LoRA it is itself again afterwards; else all its weights are trained.
         rewards: from stage 1; where the base has another tokenizer than the patient that gave them, they are carried
             over to its tokens (`rewards.transfer`).
         config: training arguments; `output_dir` is the doctor's folder.
@@ -112,8 +112,7 @@ def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool
         checkpoints / "parts" / "pairs": (replace(rounds, rounds=0), rounds.pairs_weight),
     }
     for folder, (part, _) in parts.items():
-        # Whose the folder is was checked above.
-        if not (folder / CONFIG_NAME).is_file():
+        if not lesson.taught(part, folder):
             lesson.teach(part, folder)
     folders, weights = list(parts), [weight for _, weight in parts.values()]
     merged = checkpoints / "parts" / "merged"
