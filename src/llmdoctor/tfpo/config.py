@@ -114,7 +114,7 @@ class TFPOConfig(TrainingArguments):
         default="none", metadata={"help": "tensorboard, wandb, trackio, … as transformers offers them, if installed."}
     )
     ddp_timeout: int = field(
-        default=6 * 3600,
+        default=21600,
         metadata={
             "help": "Seconds that several processes wait for each other: the first reads and draws answers alone."
         },
