@@ -13,11 +13,11 @@ def model_card(config: dict[str, Any]) -> str:
     base = str(config["base"])
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in config["metrics"].items()) or "| – | – |"
     merged = config["training"].get("merged", [])
-    trained = "trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)"
-    origin = f"was {trained}."
+    origin = "was trained on token rewards with flow balance over all sub-trajectories (TFPO, arXiv 2601.10416)."
     if merged:
+        # They may be another method's, so what they were trained by is left to the table.
         measured = "" if "margin" in config["metrics"] else "; nothing of it was measured when it was made"
-        origin = f"adds up the adapters of {len(merged)} doctors, which were {trained}{measured}."
+        origin = f"adds up the adapters of {len(merged)} doctors{measured}. How each was trained is said below."
     name, _ = split_revision(base)
     hub_base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
     return f"""---
