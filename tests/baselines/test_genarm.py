@@ -116,7 +116,7 @@ def test_it_resumes_and_is_reused(tiny_folder: Path, store: RewardStore, tmp_pat
         train_genarm(load(tiny_folder), store, folder, OPTIONS, callbacks=[Stop()])
     assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-4"
     assert not (folder / "doctor.json").exists()
-    with pytest.raises(FingerprintMismatch, match="settings"):
+    with pytest.raises(FingerprintMismatch, match=r"\(seed: stored 0, now 1\)"):
         train_genarm(load(tiny_folder), store, folder, replace(OPTIONS, seed=1))
     train_genarm(load(tiny_folder), store, folder, OPTIONS)
     adapter = "adapter/adapter_model.safetensors"
@@ -125,7 +125,7 @@ def test_it_resumes_and_is_reused(tiny_folder: Path, store: RewardStore, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert train_genarm(load(tiny_folder), store, folder, OPTIONS) == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(FingerprintMismatch, match="Train anew with resume switched off"):
+    with pytest.raises(FingerprintMismatch, match=r"\(beta: stored .*, now 1\.0\)\. Give the settings"):
         train_genarm(load(tiny_folder), store, folder, replace(OPTIONS, beta=1.0))
 
 

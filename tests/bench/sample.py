@@ -247,6 +247,7 @@ def dynamics_rows():
                     "high": [value + 0.09 * step for value, step in zip(mean, steps, strict=True)],
                     "scale": 12.5,
                     "pairs": 200,
+                    "seeds": 3,
                 }
             )
     return rows

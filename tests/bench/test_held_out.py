@@ -76,17 +76,18 @@ def test_without_rounds_the_whole_is_the_doctor_of_the_pairs(
         make_ablation(arena, ["no_rounds"])
 
 
-def test_dynamics_of_every_guide(made: tuple[Arena, Told]) -> None:
-    """12 pairs, all trained on: the held-out tail, one pair in ten, is what is read."""
-    rows = make_dynamics(made[0])
+def test_dynamics_of_every_guide(tiny_folder: Path, bench_sources: Path, made: tuple[Arena, Told]) -> None:
+    """12 pairs, all trained on: the held-out tail, one pair in ten, is what is read, by the guides of both seeds."""
+    arena, _ = arena_of(tiny_folder, bench_sources, made[0].output)
+    rows = make_dynamics(arena)
     records = json.loads((made[0].output / "run.json").read_text())
     assert {"table.json", "elo.json", "frontier.json", "dynamics.json"} <= set(records), "those of before are kept"
     assert records["table.json"]["seeds"] == [0, 1]
-    assert records["dynamics.json"]["seeds"] == [0]
+    assert records["dynamics.json"]["seeds"] == [0, 1]
     assert rows == json.loads((made[0].output / "dynamics.json").read_text())
     assert [(row["task"], row["method"]) for row in rows] == [("a", method) for method in GUIDES]
     assert all(set(row) == set(get_type_hints(DynamicsRow)) for row in rows)
-    assert all(row["pairs"] == 1 for row in rows)
+    assert all((row["pairs"], row["seeds"]) == (1, 2) for row in rows)
     assert all(len(row["mean"]) == len(row["positions"]) == len(row["low"]) == len(row["high"]) for row in rows)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdoctor.evaluation.dynamics import signal_dynamics
+from llmdoctor.evaluation.dynamics import pooled_dynamics, signal_dynamics
 from llmdoctor.evaluation.metrics import bootstrap_ci
 
 REWARDS = st.lists(st.floats(-5, 5), min_size=1, max_size=8)
@@ -69,6 +69,22 @@ def test_a_guide_that_is_always_right_ends_at_one_and_the_opposite_at_minus_one(
     assert signal_dynamics(rejected, chosen).mean[-1] == pytest.approx(-1)
 
 
+def test_several_trainings_each_have_their_own_scale_and_a_pair_is_drawn_with_all_of_them():
+    """The second training says ten times what the first says, so it adds nothing; the third has it the wrong way."""
+    rng = np.random.default_rng(5)
+    chosen, rejected = rng.normal(0.3, 1, (20, 4)), rng.normal(0, 1, (20, 6))
+    one = signal_dynamics(list(chosen), list(rejected), seed=2)
+    louder = (list(10 * chosen), list(10 * rejected))
+    two = pooled_dynamics([(list(chosen), list(rejected)), louder], seed=2)
+    assert (two.mean, two.low, two.high) == (
+        pytest.approx(one.mean), pytest.approx(one.low), pytest.approx(one.high)
+    )  # fmt: skip
+    assert two.scale == pytest.approx(5.5 * one.scale)
+    assert (one.trainings, two.trainings, two.pairs) == (1, 2, 20)
+    opposed = pooled_dynamics([(list(chosen), list(rejected)), (list(rejected), list(chosen))])
+    assert opposed.mean == opposed.low == opposed.high == pytest.approx([0.0] * 21)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -79,6 +95,8 @@ def test_a_guide_that_is_always_right_ends_at_one_and_the_opposite_at_minus_one(
         (lambda: signal_dynamics([[1.0]], [[1.0]]), "final gap is 0.0: there is no scale"),
         (lambda: signal_dynamics([[math.inf]], [[1.0]]), "final gap is inf: there is no scale"),
         (lambda: signal_dynamics([[1.0]], [[0.0]], bins=0), "bins must be at least 1, got 0"),
+        (lambda: pooled_dynamics([]), "at least one training"),
+        (lambda: pooled_dynamics([([[1.0]], [[0.0]]), ([[1.0], [1.0]], [[0.0], [0.0]])]), r"got \[1, 2\]"),
     ],
 )
 def test_what_has_no_dynamics_is_refused(call, message):

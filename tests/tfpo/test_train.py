@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -138,30 +139,39 @@ def test_a_resumed_run_starts_at_the_last_whole_checkpoint(
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        ("settings", {"eta": 0.7}),
-        ("settings", {"lr_scheduler_type": "linear"}),
-        ("settings", {"seed": 3}),
-        ("settings", {"adam_beta2": 0.9}),
-        ("settings", {"options": replace(OPTIONS, lora_rank=3)}),
-        ("rewards", {}),
-        ("base", {}),
+        (r"eta: stored 0\.5, now 0\.7", {"eta": 0.7}),
+        ("lr_scheduler_type: stored (cosine|SchedulerType.COSINE), now linear", {"lr_scheduler_type": "linear"}),
+        (r"seed: stored \d+, now 3", {"seed": 3}),
+        (r"adam_beta2: stored \(absent\), now 0\.9", {"adam_beta2": 0.9}),
+        (r"lora_rank: stored \d+, now 3", {"options": replace(OPTIONS, lora_rank=3)}),
+        (r"rewards: stored \w{16}, now \w{16}", {}),
+        (r"base: stored \w{16}, now \w{16}", {}),
     ],
 )
 def test_other_settings_beside_checkpoints_are_refused(
     tiny_folder: Path, store: RewardStore, tmp_path: Path, key: str, change: dict[str, Any]
 ) -> None:
+    """By name, and nothing else is named."""
     train_doctor(load(tiny_folder), store, checkpointed(tmp_path / "d", max_steps=2), rounds=PAIRS, options=OPTIONS)
     options = change.get("options", OPTIONS)
     args = checkpointed(tmp_path / "d", max_steps=2, **{k: v for k, v in change.items() if k != "options"})
     rewards = store
-    if key == "rewards":
+    if key.startswith("rewards"):
         rewards = acquire(load(tiny_folder), some_pairs(12), tmp_path / "rewards", theta=0.2)
 
     def base() -> LoadedModel:
         loaded = load(tiny_folder)
-        return replace(loaded, fingerprint={**loaded.fingerprint, "model": "another"}) if key == "base" else loaded
+        if key.startswith("base"):
+            loaded = replace(loaded, fingerprint={**loaded.fingerprint, "model": "another"})
+        return loaded
 
-    with pytest.raises(FingerprintMismatch, match=rf"\({key}: stored \w{{16}}, now \w{{16}}\)\. Start anew"):
+    with pytest.raises(FingerprintMismatch, match=rf"\({key}\)\. Give the settings it began with, start anew \(--r"):
+        train_doctor(base(), rewards, args, rounds=PAIRS, options=options)
+    marker = tmp_path / "d" / "checkpoints" / "fingerprint.json"
+    stored = json.loads(marker.read_text())
+    del stored["training"]
+    marker.write_text(json.dumps(stored))
+    with pytest.raises(FingerprintMismatch, match=r"\(\w+: stored \w{16}, now \w{16}\)"):  # as older versions left it
         train_doctor(base(), rewards, args, rounds=PAIRS, options=options)
     train_doctor(base(), rewards, args, rounds=PAIRS, options=options, resume=False)
     assert DoctorConfig.load(tmp_path / "d").training["eta"] == change.get("eta", 0.5)

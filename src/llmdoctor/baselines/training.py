@@ -19,15 +19,15 @@ from torch import Tensor
 from llmdoctor.baselines.implicit import held_out_metrics
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.collate import RewardCollator
-from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
-from llmdoctor.files import digest, fill_folder, write_text
+from llmdoctor.errors import TrainingDiverged, UserError
+from llmdoctor.files import fill_folder, write_text
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import CONFIG_NAME as REWARD_CONFIG_NAME
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
-from llmdoctor.tfpo.checkpoints import claim_checkpoints
+from llmdoctor.tfpo.checkpoints import check_same_training, claim_checkpoints, training_identity
 from llmdoctor.tfpo.lesson import split_rows
 from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 
@@ -176,7 +176,7 @@ def open_run(
         # Else a run that is cut would leave the result of other settings to be found.
         finished.unlink(missing_ok=True)
     elif finished.is_file():
-        _check_same(output, type(config).load(output), config)
+        check_same_training(output, *map(training_identity, (type(config).load(output), config)))
         return BaselineRun(output, train_set, held_out, None, done=True)
     checkpoint = claim_checkpoints(output / "checkpoints", config, resume)
     if base.model.device.type == "cpu":
@@ -277,21 +277,6 @@ class AdapterTraining:
 
 def _last_file(config: AnyConfig) -> str:
     return CONFIG_NAME if isinstance(config, DoctorConfig) else REWARD_CONFIG_NAME
-
-
-def _check_same(output: Path, stored: AnyConfig, current: AnyConfig) -> None:
-    was, now = _identity(stored), _identity(current)
-    if was != now:
-        remedy = "Train anew with resume switched off, or give another output folder."
-        raise FingerprintMismatch(str(output), was, now, remedy)
-
-
-def _identity(config: AnyConfig) -> dict[str, str]:
-    return {
-        "base": digest(config.base_fingerprint),
-        "rewards": digest(config.rewards_fingerprint),
-        "settings": digest(config.training),
-    }
 
 
 def _versions(*names: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.dynamics import signal_dynamics
+from llmdoctor.evaluation.dynamics import pooled_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
 
 GUIDES = {
@@ -40,6 +40,7 @@ class DynamicsRow(TypedDict):
     high: list[float]
     scale: float
     pairs: int
+    seeds: int
 
 
 class HumanRow(TypedDict):
@@ -57,7 +58,7 @@ class HumanRow(TypedDict):
     difference_high: float
 
 
-def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
+def make_dynamics(arena: Arena) -> list[DynamicsRow]:
     """Train what is missing, write `dynamics.json`; returns its rows. Pairs: those no guide was trained on.
 
     Raises:
@@ -70,10 +71,10 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
         kit = arena.kits[task.name]
         pairs = _unseen(kit)
         for method, kind in guides_of(arena.options).items():
-            found = implicit_rewards(kit.trained(kind, seed), pairs)
+            found = [implicit_rewards(kit.trained(kind, seed), pairs) for seed in arena.seeds]
             try:
-                curve = signal_dynamics(
-                    [reward.chosen.tolist() for reward in found], [reward.rejected.tolist() for reward in found]
+                curve = pooled_dynamics(
+                    [([one.chosen for one in rewards], [one.rejected for one in rewards]) for rewards in found]
                 )
             except ValueError as error:
                 raise UserError(
@@ -89,10 +90,11 @@ def make_dynamics(arena: Arena, seed: int = 0) -> list[DynamicsRow]:
                     "high": list(curve.high),
                     "scale": curve.scale,
                     "pairs": curve.pairs,
+                    "seeds": curve.trainings,
                 }
             )
         kit.forget()
-    arena.write("dynamics.json", rows, guides_record(arena.options, arena.tasks, [seed]))
+    arena.write("dynamics.json", rows, guides_record(arena.options, arena.tasks, list(arena.seeds)))
     return rows
 
 

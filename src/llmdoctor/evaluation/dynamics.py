@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmdoctor.evaluation.metrics import Floats, flat_floats, percentile_bounds, resampled_counts
+
+Responses: TypeAlias = Sequence[Sequence[float] | NDArray[np.floating[Any]]]
+"""Token rewards [L] of each response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +29,15 @@ class Dynamics:
     high: tuple[float, ...]
     """Pointwise bounds from drawing pairs. The scale stays fixed, so the band holds no doubt about it."""
     scale: float
-    """Mean absolute final gap in nats, by which all gaps were divided so that guides can share a plot."""
+    """Mean absolute final gap in nats, by which all gaps were divided so that guides can share a plot; mean over
+    trainings where there are several, each of which was divided by its own."""
     pairs: int
+    trainings: int
 
 
 def signal_dynamics(
-    chosen: Sequence[Sequence[float] | Floats],
-    rejected: Sequence[Sequence[float] | Floats],
+    chosen: Responses,
+    rejected: Responses,
     bins: int = 20,
     *,
     level: float = 0.95,
@@ -55,17 +62,42 @@ def signal_dynamics(
     Raises:
         ValueError: no pairs, an empty response, NaN, or every final gap zero, which leaves nothing to divide by.
     """
+    return pooled_dynamics([(chosen, rejected)], bins, level=level, resamples=resamples, seed=seed)
+
+
+def pooled_dynamics(
+    trainings: Sequence[tuple[Responses, Responses]],
+    bins: int = 20,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Dynamics:
+    """`signal_dynamics` of several trainings of a guide on the same pairs.
+
+    Each training's gaps are divided by that training's own scale; the curve is the mean over them, and the band draws
+    pairs, each with the gaps of all trainings, so it does not say how another training would do.
+
+    Args:
+        trainings: `chosen` and `rejected` of each, the pairs in the same order.
+        bins: steps between the positions.
+        level: of the band.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: as `signal_dynamics`, no training, or trainings of different numbers of pairs.
+    """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    if not len(chosen) or len(chosen) != len(rejected):
-        raise ValueError(f"expected as many chosen as rejected responses, got {len(chosen)} and {len(rejected)}")
+    if not trainings:
+        raise ValueError("expected at least one training, got none")
     positions = np.arange(bins + 1) / bins
-    gaps = _prefix_sums(chosen, positions, "chosen") - _prefix_sums(rejected, positions, "rejected")
-    scale = float(np.abs(gaps[:, -1]).mean())
-    if not 0 < scale < np.inf:
-        raise ValueError(f"the mean absolute final gap is {scale}: there is no scale to normalise by")
-    gaps /= scale
-    pairs = len(gaps)
+    found = [_normalised_gaps(chosen, rejected, positions) for chosen, rejected in trainings]
+    pairs = len(found[0][0])
+    if any(len(one) != pairs for one, _ in found):
+        raise ValueError(f"expected the same pairs of every training, got {[len(one) for one, _ in found]}")
+    gaps = np.mean([one for one, _ in found], axis=0)
     means = np.concatenate([counts @ gaps / pairs for counts in resampled_counts(pairs, resamples, seed)])
     low, high = percentile_bounds(means, level)
     return Dynamics(
@@ -73,12 +105,24 @@ def signal_dynamics(
         mean=tuple(gaps.mean(axis=0).tolist()),
         low=tuple(low.tolist()),
         high=tuple(high.tolist()),
-        scale=scale,
+        scale=float(np.mean([scale for _, scale in found])),
         pairs=pairs,
+        trainings=len(found),
     )
 
 
-def _prefix_sums(responses: Sequence[Sequence[float] | Floats], positions: Floats, side: str) -> Floats:
+def _normalised_gaps(chosen: Responses, rejected: Responses, positions: Floats) -> tuple[Floats, float]:
+    """Gaps of the pairs at relative positions [R, U], divided by the mean absolute last one, and that mean."""
+    if not len(chosen) or len(chosen) != len(rejected):
+        raise ValueError(f"expected as many chosen as rejected responses, got {len(chosen)} and {len(rejected)}")
+    gaps = _prefix_sums(chosen, positions, "chosen") - _prefix_sums(rejected, positions, "rejected")
+    scale = float(np.abs(gaps[:, -1]).mean())
+    if not 0 < scale < np.inf:
+        raise ValueError(f"the mean absolute final gap is {scale}: there is no scale to normalise by")
+    return gaps / scale, scale
+
+
+def _prefix_sums(responses: Responses, positions: Floats, side: str) -> Floats:
     """Cumulative rewards [R, U] of the responses at relative positions [U]."""
     curves = []
     for index, response in enumerate(responses):

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def flat_floats(values: Sequence[float] | Floats, what: str) -> Floats:
+def flat_floats(values: Sequence[float] | npt.NDArray[np.floating[Any]], what: str) -> Floats:
     """`values` as a float64 vector; ValueError, naming `what`, when empty, not flat, or NaN."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:

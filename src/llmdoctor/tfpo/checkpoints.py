@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmdoctor.errors import FingerprintMismatch
 from llmdoctor.files import digest, write_json
@@ -31,6 +33,40 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+def training_identity(config: DoctorConfig | RewardModelConfig) -> dict[str, Any]:
+    """What makes a training this one: fingerprints of its base, rewards and settings, and the settings themselves."""
+    settings = decisive(config.training)
+    return {
+        "base": digest(config.base_fingerprint),
+        "rewards": digest(config.rewards_fingerprint),
+        "settings": digest(settings),
+        "training": json.loads(json.dumps(settings)),
+    }
+
+
+def check_same_training(what: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse what another training made, naming each setting that differs where both sides say what theirs are.
+
+    Args:
+        what: the folder in question.
+        stored, current: `training_identity` of what is there and of what is asked for.
+
+    Raises:
+        FingerprintMismatch: they are not the same.
+    """
+    was, now = ({name: side.get(name) for name in ("base", "rewards", "settings")} for side in (stored, current))
+    if was == now:
+        return
+    if "training" in stored and was["settings"] != now["settings"]:
+        # Fingerprints of settings tell nobody which one to change.
+        for side, names in ((was, stored), (now, current)):
+            del side["settings"]
+            side.update(names["training"])
+    sides = [{name: str(value) for name, value in side.items()} for side in (was, now)]
+    remedy = "Give the settings it began with, start anew (--restart, or resume=False), or give another output folder."
+    raise FingerprintMismatch(str(what), sides[0], sides[1], remedy)
+
+
 def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, resume: bool) -> Path | None:
     """Make the folder this training's, and find the checkpoint to go on from.
 
@@ -42,11 +78,7 @@ def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, re
     Raises:
         FingerprintMismatch: what is there is another training's.
     """
-    current = {
-        "base": digest(config.base_fingerprint),
-        "rewards": digest(config.rewards_fingerprint),
-        "settings": digest(decisive(config.training)),
-    }
+    current = training_identity(config)
     marker = folder / "fingerprint.json"
     if not resume and folder.exists():
         # Away as a whole: what a cut leaves half deleted would pass for somebody's.
@@ -55,10 +87,6 @@ def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, re
         folder.replace(retired)
         shutil.rmtree(retired, ignore_errors=True)
     if _is_json(marker):
-        stored = json.loads(marker.read_text(encoding="utf-8"))
-        if stored != current:
-            raise FingerprintMismatch(
-                str(folder), stored, current, "Start anew with resume switched off, or give another output folder."
-            )
+        check_same_training(folder, json.loads(marker.read_text(encoding="utf-8")), current)
     write_json(marker, current)
     return last_checkpoint(folder)

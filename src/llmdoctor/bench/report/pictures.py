@@ -115,9 +115,10 @@ def _dynamics(results: BenchResults, task: str, stem: str) -> Iterator[Picture]:
     if not rows:
         return
     bands = [Band(look(r["method"]), r["positions"], r["mean"], r["low"], r["high"]) for r in rows]
+    trainings = f", mean of {rows[0]['seeds']} trainings" if rows[0]["seeds"] > 1 else ""
     note = (
         f"Gap between chosen and rejected, read so far, over the mean absolute gap at the end; {rows[0]['pairs']} "
-        "held-out pairs. 1 at the end: always right. Dotted: a signal spread evenly."
+        f"held-out pairs{trainings}. 1 at the end: always right. Dotted: a signal spread evenly."
     )
     title = f"How early each guide tells good from bad: {task}"
     yield Picture("dynamics", task, f"dynamics-{stem}", title, note, dynamics(bands, title), [b.look for b in bands])
