@@ -78,9 +78,11 @@ def test_flesch_gives_nothing_to_read_the_lowest_score(text):
 
 
 def test_brevity_by_hand():
-    """2^(1 − w/50) − 1: 0 at 50 words, −0.5 at 100, and −1 for an empty text, which must not win."""
-    scores = get_scorer("brevity")(["word " * 50, "word " * 100, "", "  "])
-    assert scores == [0.0, -0.5, -1.0, -1.0]
+    """2^(1 − w/50) − 1: 0 at 50 words, −0.5 at 100, and −1 for a text without words, which must not win.
+
+    Punctuation is no word, and a script without spaces has as many as characters."""
+    scores = get_scorer("brevity")(["word " * 50, "word – " * 50, "word " * 100, "字" * 100, "", "  ", "…!"])
+    assert scores == [0.0, 0.0, -0.5, -0.5, -1.0, -1.0, -1.0]
     ordered("brevity", "Yes.", "Yes, I do.", "Yes, I most certainly do.")
 
 

@@ -25,6 +25,7 @@ from llmdoctor.tfpo.config import TFPOConfig
         ({"objective": "none", "value_coef": 0.0, "leaf_coef": 0.0}, "leaves nothing to train"),
         ({"value_learning_rate": 0.0}, "value_learning_rate must be positive, got 0.0"),
         ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"save_only_model": True}, "save_only_model is not supported: without the optimizer's state a run that is"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end is not supported: a doctor is what its last step"),
     ],
 )

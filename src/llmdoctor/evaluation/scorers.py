@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from llmdoctor.errors import UserError
+from llmdoctor.evaluation.metrics import words
 from llmdoctor.evaluation.own_code import own_function
 
 ScoreFunction = Callable[[Sequence[str]], Sequence[float]]
@@ -123,11 +124,11 @@ def flesch(texts: Sequence[str]) -> list[float]:
 
 @register_scorer("brevity", higher_is="shorter")
 def brevity(texts: Sequence[str]) -> list[float]:
-    """2^(1 − w/50) − 1 for w words: 1 for no word, 0 at 50 words, −0.5 at 100, towards −1.
+    """2^(1 − w/50) − 1 for w words, as `metrics.words` counts them: 0 at 50 words, −0.5 at 100, towards −1.
 
-    An empty text would win, so it scores −1: saying nothing is not being brief.
+    A text without words would win with 1, so it scores −1: saying nothing is not being brief.
     """
-    lengths = [len(text.split()) for text in texts]
+    lengths = [len(words(text)) for text in texts]
     return [2 ** (1 - length / _BREVITY_HALF_WORDS) - 1 if length else -1.0 for length in lengths]
 
 

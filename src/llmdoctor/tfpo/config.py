@@ -153,4 +153,9 @@ class TFPOConfig(TrainingArguments):
                 "load_best_model_at_end is not supported: a doctor is what its last step left. Leave it out; every "
                 "checkpoint is a doctor's folder, and save_total_limit says how many are kept to choose from"
             )
+        if self.save_only_model:
+            raise UserError(
+                "save_only_model is not supported: without the optimizer's state a run that is cut would go on as "
+                "another one. Leave it out; of a LoRA doctor that state is small"
+            )
         super().__post_init__()

@@ -23,7 +23,7 @@ RECORDED = (
 RECORDED_IF_CHANGED = (
     "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs",
     "bf16", "fp16", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "dataloader_in_order",
-    "accelerator_config", "auto_find_batch_size", "ignore_data_skip", "save_only_model", "world_size",
+    "accelerator_config", "auto_find_batch_size", "ignore_data_skip", "world_size",
 )  # fmt: skip
 """Further ones, of transformers, that hardly anybody touches: recorded where they are not at their defaults, so that
 what was made without a word of them is still what it was."""
