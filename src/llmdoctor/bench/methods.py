@@ -193,7 +193,7 @@ CONTENDERS: Mapping[str, Contender] = {
                   trained=_CRITIC),
         Contender("transfer_q", "Transfer-Q*", "arXiv 2405.20495", _grid("strength", 1), _transfer_q,
                   few_prompts=True, trained=("dpo", "reward_model")),
-        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.5, 1, 2), guided("genarm", "product"),
+        Contender("genarm", "GenARM", "arXiv 2410.08193", _grid("beta", 0.25, 0.5, 1, 2), guided("genarm", "product"),
                   trained=("genarm",)),
         Contender("faces", "two faces contrasted, no training", "this project", _grid("beta", 1, 2), _faces),
         Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
