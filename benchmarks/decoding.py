@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -251,38 +251,66 @@ def times_as_fast(way: list[float], other: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(way, other, strict=True))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The models of all ways to decode: the patient; its doctor as an adapter beside it, and as a model of its own; the
+    small draft that guesses; a doctor on a smaller base, if there is one."""
+
+    patient: LoadedModel
+    beside: Guide
+    own: LoadedModel
+    draft: DraftModel
+    small: Guide | None
+
+    def ways(
+        self, rows: int, tokens: int, temperature: float, prompts: int
+    ) -> tuple[dict[str, Callable[[], None]], dict[str, list[Completion]]]:
+        """All ways to decode, by name, and the lists to which those that guess will append what they said."""
+        same = {"temperature": temperature, "prompts": prompts}
+        patient, beside, own, small = self.patient, self.beside, self.own, self.small
+        heard: dict[str, list[Completion]] = {"speculative": [], "patient_speculative": []}
+        ways = {
+            "transformers": transformers(patient, None, rows, tokens, **same),
+            "patient": engine(patient, [], rows, tokens, **same),
+            "doctor": engine(own, [], rows, tokens, **same),
+            "guided": engine(patient, [beside], rows, tokens, **same),
+            "guided_apart": engine(patient, [replace(beside, model=own, adapter=None)], rows, tokens, **same),
+            "logits_processor": transformers(patient, own.model, rows, tokens, **same),
+            "speculative": engine(patient, [beside], rows, tokens, self.draft, heard["speculative"], **same),
+            "patient_speculative": engine(patient, [], rows, tokens, self.draft, heard["patient_speculative"], **same),
+        }
+        if small is not None:
+            said = heard["small_speculative"] = []
+            ways["small_alone"] = engine(small.model, [], rows, tokens, **same)
+            ways["small"] = engine(patient, [small], rows, tokens, **same)
+            ways["small_speculative"] = engine(patient, [small], rows, tokens, "doctors", said, **same)
+        return ways, heard
+
+
+def timed(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, all ways in every round."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, work in ways.items():
+            start = time.perf_counter()
+            work()
+            seconds[way].append(time.perf_counter() - start)
+    return seconds
+
+
 def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Path) -> dict[str, Any]:
-    sizes, tokens = plan.sizes, plan.tokens
+    sizes, tokens, temperature = plan.sizes, plan.tokens, arguments.temperature
     patient = load_model(arguments.patient)
     beside = load_guide(doctor, patient, name="it")
     assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
-    own = merged(doctor, arguments.patient)
-    apart = replace(beside, model=own, adapter=None)
-    draft = load_draft(folder, patient)
     small = None if arguments.small is None else load_guide(arguments.small, patient, name="small")
+    loaded = Loaded(patient, beside, merged(doctor, arguments.patient), load_draft(folder, patient), small)
     rows: list[dict[str, Any]] = []
     guessed: dict[str, Any] = {}
     print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
     for size in sizes:
-        heard: dict[str, list[Completion]] = {"speculative": [], "patient_speculative": []}
-        same = {"temperature": arguments.temperature, "prompts": size if arguments.quick else 4}
-        ways = {
-            "transformers": transformers(patient, None, size, tokens, **same),
-            "patient": engine(patient, [], size, tokens, **same),
-            "doctor": engine(own, [], size, tokens, **same),
-            "guided": engine(patient, [beside], size, tokens, **same),
-            "guided_apart": engine(patient, [apart], size, tokens, **same),
-            "logits_processor": transformers(patient, own.model, size, tokens, **same),
-            "speculative": engine(patient, [beside], size, tokens, draft, heard["speculative"], **same),
-            "patient_speculative": engine(patient, [], size, tokens, draft, heard["patient_speculative"], **same),
-        }
-        if small is not None:
-            heard["small_speculative"] = []
-            ways["small_alone"] = engine(small.model, [], size, tokens, **same)
-            ways["small"] = engine(patient, [small], size, tokens, **same)
-            ways["small_speculative"] = engine(
-                patient, [small], size, tokens, "doctors", heard["small_speculative"], **same
-            )
+        prompts = size if arguments.quick else 4
+        ways, heard = loaded.ways(size, tokens, temperature, prompts)
         for way, work in ways.items():
             # What is guessed follows what guesses have cost, which takes some rounds to be known.
             for _ in range(3 if way in heard and not arguments.quick else 1):
@@ -290,15 +318,10 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
         for completions in heard.values():
             completions.clear()
         gc.collect()
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(plan.rounds):
-            for way, work in ways.items():
-                start = time.perf_counter()
-                work()
-                seconds[way].append(time.perf_counter() - start)
+        seconds = timed(ways, plan.rounds)
         for way, times in seconds.items():
             ratio = times_as_fast(times, seconds["patient"])
-            rate = max(size, same["prompts"]) * tokens / statistics.median(times)
+            rate = max(size, prompts) * tokens / statistics.median(times)
             rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
             print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
         guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
@@ -315,7 +338,7 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
             "small_vs_patient": ratios("small", "patient"),
             "small_speculative_vs_patient": ratios("small_speculative", "patient"),
             "small_speculative_vs_small": ratios("small_speculative", "small"),
-            "acceptance_small": first_guess("doctors", patient, [small], sizes[-1], tokens, arguments.temperature),
+            "acceptance_small": first_guess("doctors", patient, [small], sizes[-1], tokens, temperature),
         }
     measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
     peaks = {way: peak(way, arguments, doctor, plan.memory_tokens) for way in measured}
@@ -329,15 +352,15 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
         "speculative_vs_patient": ratios("speculative", "patient"),
         "speculative_vs_guided": ratios("speculative", "guided"),
         "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
-        "acceptance": first_guess(draft, patient, [beside], sizes[-1], tokens, arguments.temperature),
-        "acceptance_patient": first_guess(draft, patient, [], sizes[-1], tokens, arguments.temperature),
+        "acceptance": first_guess(loaded.draft, patient, [beside], sizes[-1], tokens, temperature),
+        "acceptance_patient": first_guess(loaded.draft, patient, [], sizes[-1], tokens, temperature),
         **beside_small,
         "guesses": guessed,
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
         "peak_bytes": peaks,
         "new_tokens": tokens,
-        "temperature": arguments.temperature,
+        "temperature": temperature,
         "dtype": str(patient.model.dtype),
         "rows": rows,
     }
