@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tests.cli.harness import CPU, Cli, write_jsonl
-from tests.tiny import some_pairs
+from tests.tiny import fresh_doctor, shaken, some_pairs
 
 from llmdoctor.data.prompts import load_prompts
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.models.doctor import READOUT_FOLDER
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.readout import Readout
 
@@ -67,6 +69,24 @@ def test_the_best_of_several_answers_is_kept(good: Cli, folder: Path, tiny_folde
     assert one.out.strip()
 
 
+def test_a_doctor_trained_in_rounds_brings_its_judge(
+    good: Cli, cli: Cli, folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """`train` leaves it in the doctor's folder. Two of them do not choose together."""
+    base = load_model(str(tiny_folder), dtype="float32", device="cpu")
+    for name in ("one", "two"):
+        shaken(fresh_doctor(base), seed=len(name)).save_pretrained(tmp_path / name)
+        shutil.copytree(folder, tmp_path / name / READOUT_FOLDER)
+        base = load_model(str(tiny_folder), dtype="float32", device="cpu")
+    ask = ("generate", "Hello", "--patient", tiny_folder, "--max-new-tokens", 6, "--best-of", 3, *CPU)
+    own = good(*ask, "--doctor", tmp_path / "one").out
+    assert own.strip()
+    assert own == good(*ask, "--doctor", tmp_path / "one", "--readout", folder).out
+    both = ("--doctor", f"a1:{tmp_path / 'one'}", "--doctor", f"b1:{tmp_path / 'two'}")
+    assert "several doctors have one each: give --readout FOLDER" in " ".join(cli(*ask, *both).err.split())
+    assert good(*ask, *both, "--readout", folder).out.strip()
+
+
 def test_bad_input(cli: Cli, folder: Path, pairs: Path, tiny_folder: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
         done = cli(*words, *CPU)
@@ -74,8 +94,9 @@ def test_bad_input(cli: Cli, folder: Path, pairs: Path, tiny_folder: Path, tmp_p
         return " ".join(done.err.split())
 
     ask = ("generate", "Hello", "--patient", tiny_folder)
-    assert "--best-of above 1 and --readout belong together, got --best-of 1" in refused(*ask, "--readout", folder)
-    assert "belong together, got --best-of 4" in refused(*ask, "--best-of", 4)
+    assert "--best-of N with N above 1, got --best-of 1" in refused(*ask, "--readout", folder)
+    assert "--best-of N with N above 1, got --best-of 0" in refused(*ask, "--best-of", 0)
+    assert "--best-of 4 needs one read-out that chooses, and no doctor given" in refused(*ask, "--best-of", 4)
     assert "has no readout.json" in refused(*ask, "--best-of", 4, "--readout", tmp_path)
     make = ("readout", "--pairs", pairs, "--patient", tiny_folder, "--folds", 3, "-o")
     assert "holds a read-out already; give another folder, or --overwrite" in refused(*make, folder)

@@ -21,12 +21,11 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
-from llmdoctor.models.doctor import Doctor, DoctorConfig
+from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.merging import merge_doctors
 from llmdoctor.rewards.readout import Readout
 from llmdoctor.rewards.store import RewardStore
-from llmdoctor.tfpo.lesson import READOUT_FOLDER
 from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import train_doctor

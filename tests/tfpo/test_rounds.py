@@ -32,12 +32,11 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.doctor import READOUT_FOLDER, Doctor
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.readout import Readout, fit_readout
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo import rounds
-from llmdoctor.tfpo.lesson import READOUT_FOLDER
 from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering, draw_answers
 from llmdoctor.tfpo.train import train_doctor

@@ -67,11 +67,16 @@ _Output = Annotated[
 _BestOf = Annotated[
     int,
     typer.Option(
-        "--best-of", metavar="N", help="Draw N answers to each prompt and keep the one that --readout likes best."
+        "--best-of", metavar="N", help="Draw N answers to each prompt and keep the one that a read-out likes best."
     ),
 ]
 _Readout = Annotated[
-    Path | None, typer.Option("--readout", metavar="FOLDER", help="The judge of --best-of, from `llmdoctor readout`.")
+    Path | None,
+    typer.Option(
+        "--readout",
+        metavar="FOLDER",
+        help="The judge of --best-of, from `llmdoctor readout`; by default the one in the doctor's folder.",
+    ),
 ]
 
 
@@ -109,7 +114,7 @@ def generate(
 
     Example: llmdoctor generate --prompts my-prompts.txt -o answers.jsonl --doctor runs/doctor
 
-    Example: llmdoctor generate "How was your day?" --doctor runs/doctor=0.5 --best-of 8 --readout runs/readout
+    Example: llmdoctor generate "How was your day?" --doctor runs/doctor=0.5 --best-of 4
     """
     if (prompt is None) == (prompts is None):
         raise UserError("give either one PROMPT or --prompts FILE")
@@ -117,10 +122,9 @@ def generate(
         raise UserError("--prompts and --output belong together")
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty")
-    if best_of < 1 or (best_of > 1) != (readout is not None):
-        raise UserError(f"--best-of above 1 and --readout belong together, got --best-of {best_of}")
     params = SamplingParams(**sampling, stop=tuple(stop))
     arguments = [DoctorArgument.parse(text) for text in doctor]
+    readout = _readout_of(best_of, readout, arguments)
     questions = _questions(prompts, limit) if prompts else []
     check_dimensions(arguments, dimension)
     model = load(run, patient, dtype, device, trust_remote_code)
@@ -182,6 +186,23 @@ def _commands(letter: str) -> bool:
     return letter not in "\n\t" and (
         unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in "\u202a\u202b\u202d\u202e"
     )
+
+
+def _readout_of(best_of: int, readout: Path | None, doctors: Sequence[DoctorArgument]) -> Path | None:
+    """The folder of the judge of `--best-of`: the one given, or the one that rounds left in a doctor's folder."""
+    if best_of < 1 or (readout is not None and best_of == 1):
+        raise UserError(f"--readout chooses among the answers of --best-of N with N above 1, got --best-of {best_of}")
+    if best_of == 1 or readout is not None:
+        return readout
+    from llmdoctor.models.doctor import READOUT_FOLDER, local_folder
+    from llmdoctor.rewards.readout import CONFIG_NAME
+
+    folders = [local_folder(doctor.path) / READOUT_FOLDER for doctor in doctors]
+    found = [folder for folder in folders if (folder / CONFIG_NAME).is_file()]
+    if len(found) != 1:
+        why = "several doctors have one each" if found else "no doctor given here has one in its folder"
+        raise UserError(f"--best-of {best_of} needs one read-out that chooses, and {why}: give --readout FOLDER")
+    return found[0]
 
 
 def _judge(folder: Path | None, patient: LoadedModel) -> Readout | None:

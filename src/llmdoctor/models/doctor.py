@@ -33,6 +33,9 @@ VALUE_HEAD_NAME = "value_head.safetensors"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 
+READOUT_FOLDER = "readout"
+"""The judge of its rounds, in the folder of a doctor that was trained in them."""
+
 
 @dataclass
 class DoctorConfig:

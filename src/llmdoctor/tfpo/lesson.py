@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.files import digest, fill_folder
-from llmdoctor.models.doctor import ADAPTER_FOLDER, CONFIG_NAME, MODEL_FOLDER, Doctor, DoctorConfig
+from llmdoctor.models.doctor import ADAPTER_FOLDER, CONFIG_NAME, MODEL_FOLDER, READOUT_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.readout import CONFIG_NAME as READOUT_CONFIG
 from llmdoctor.rewards.readout import Readout, fit_readout_to_ids
@@ -31,9 +31,6 @@ from llmdoctor.tfpo.trainer import TFPOTrainer
 _log = logging.getLogger(__name__)
 
 Told = Callable[[str, int], None]
-
-READOUT_FOLDER = "readout"
-"""Within a doctor's folder: the judge of its rounds."""
 
 
 @contextmanager

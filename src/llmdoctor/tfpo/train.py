@@ -10,14 +10,14 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import Doctor, DoctorConfig
+from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.merging import merge_doctors
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import READOUT_FOLDER, Lesson, Told, first_process, split_rows
+from llmdoctor.tfpo.lesson import Lesson, Told, first_process, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
