@@ -175,7 +175,7 @@ CONTENDERS: Mapping[str, Contender] = {
                   _grid("alpha", 0.75, 1.25, 1.5, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,)),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided(MERGED, "product"), trained=(MERGED,)),
-        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, n=4.0),
+        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
                   _best_guided(MERGED), trained=(MERGED, READOUT)),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
@@ -204,5 +204,5 @@ CONTENDERS: Mapping[str, Contender] = {
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""
 
-FORMS = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS, "llmdoctor_onset", "llmdoctor_product")
-"""Other forms of LLMdoctor that are the patient itself at β = 0, so that they have an answer at every KL."""
+FORMS = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS, "llmdoctor_onset", "llmdoctor_product", "llmdoctor_best")
+"""Other forms of LLMdoctor with β as their knob, so that below their gentlest setting there is the patient itself."""
