@@ -215,7 +215,7 @@ def test_a_finished_folder_is_taken_and_others_are_refused(
     assert train_dpo(base, store, output, OPTIONS) == output
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert not hasattr(base.model, "peft_config"), "nothing was trained"
-    with pytest.raises(FingerprintMismatch, match=r"\(settings: stored \w{16}, now \w{16}\)\. Train anew"):
+    with pytest.raises(FingerprintMismatch, match=r"\(beta: stored 0\.1, now 0\.2\)\. Give the settings"):
         train_dpo(load(tiny_folder), store, output, replace(OPTIONS, beta=0.2))
     train_dpo(load(tiny_folder), store, output, replace(OPTIONS, beta=0.2), resume=False)
     assert DoctorConfig.load(output).training["beta"] == 0.2

@@ -38,7 +38,10 @@ def test_they_are_log_ratios_or_genarms_log_probs(
     doctor.doctor_config.training = {"method": method} if method else {}
     doctor.train()
     rows = list(store.rows())
-    rewards = implicit_rewards(doctor, rows, batch_size=4)
+    heard: list[int] = []
+    rewards = implicit_rewards(doctor, rows, batch_size=4, progress=heard.append)
+    assert sum(heard) == len(rows)
+    assert max(heard) == 4
     assert doctor.training, "the doctor is left as it was"
     assert len(rewards) == len(rows)
     for row, reward in zip(rows, rewards, strict=True):

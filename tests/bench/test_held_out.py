@@ -78,8 +78,9 @@ def test_without_rounds_the_whole_is_the_doctor_of_the_pairs(
 
 def test_dynamics_of_every_guide(tiny_folder: Path, bench_sources: Path, made: tuple[Arena, Told]) -> None:
     """12 pairs, all trained on: the held-out tail, one pair in ten, is what is read, by the guides of both seeds."""
-    arena, _ = arena_of(tiny_folder, bench_sources, made[0].output)
+    arena, told = arena_of(tiny_folder, bench_sources, made[0].output)
     rows = make_dynamics(arena)
+    assert dict(zip(told.started, told.units, strict=True))["a: llmdoctor reads"] == 2, "one pair, two seeds"
     records = json.loads((made[0].output / "run.json").read_text())
     assert {"table.json", "elo.json", "frontier.json", "dynamics.json"} <= set(records), "those of before are kept"
     assert records["table.json"]["seeds"] == [0, 1]

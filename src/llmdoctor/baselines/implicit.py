@@ -6,7 +6,7 @@ Shapes: L⁺, L⁻ tokens of the chosen and of the rejected response.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def implicit_rewards(
     reference: bool | None = None,
     max_completion_length: int | None = 512,
     batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> list[ImplicitReward]:
     """Per-token log π/π_ref (doctors, DPO) or log π (GenARM) of both responses of every pair.
 
@@ -63,6 +64,7 @@ def implicit_rewards(
         reference: subtract the reference's log-probs; None does what the guide's method means.
         max_completion_length: of pairs given as text, keep only so many tokens of a response, as stage 1 does.
         batch_size: pairs in one forward pass.
+        progress: called with the number of pairs just finished.
 
     Returns:
         One `ImplicitReward` a pair, in their order.
@@ -78,13 +80,24 @@ def implicit_rewards(
     rows = [_ids(number, pair, doctor.encoder, max_completion_length) for number, pair in enumerate(pairs, start=1)]
     was_training = doctor.training
     doctor.eval()
-    scores = _scores(doctor, rows, batch_size)
+    scorer, of_reference = _scorer(doctor), None
     if reference:
         with doctor.as_reference():
-            references = _scores(doctor, rows, batch_size)
-        scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, references, strict=True)]
+            # Its own: a scorer keeps the states of what all prompts begin with.
+            of_reference = _scorer(doctor)
+    found: dict[int, ImplicitReward] = {}
+    for places in _by_length(rows, batch_size):
+        batch = [rows[index] for index in places]
+        scores = _scores(scorer, batch)
+        if of_reference:
+            with doctor.as_reference():
+                references = _scores(of_reference, batch)
+            scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, references, strict=True)]
+        found |= {index: ImplicitReward(*both) for index, both in zip(places, scores, strict=True)}
+        if progress:
+            progress(len(batch))
     doctor.train(was_training)
-    return [ImplicitReward(chosen, rejected) for chosen, rejected in scores]
+    return [found[index] for index in range(len(rows))]
 
 
 def accuracy(rewards: Sequence[ImplicitReward]) -> float:
@@ -126,15 +139,14 @@ def _ids(number: int, pair: PreferencePair | Mapping[str, Any], encoder: ChatEnc
     return _Ids(prompt, (chosen, rejected))
 
 
-def _scores(doctor: Doctor, rows: Sequence[_Ids], batch_size: int) -> list[Scores]:
-    """Log-probs of both responses of every row, under the doctor as it is now."""
-    scorer = FaceScorer(doctor.causal_lm, doctor.encoder, doctor.logits_head, system=None)
-    scores: dict[int, Scores] = {}
-    for places in _by_length(rows, batch_size):
-        scored = scorer.score([rows[i].prompt for i in places], [rows[i].completions for i in places])
-        for place, index in enumerate(places):
-            scores[index] = (scored[2 * place].numpy(), scored[2 * place + 1].numpy())
-    return [scores[index] for index in range(len(rows))]
+def _scorer(doctor: Doctor) -> FaceScorer:
+    return FaceScorer(doctor.causal_lm, doctor.encoder, doctor.logits_head, system=None)
+
+
+def _scores(scorer: FaceScorer, rows: Sequence[_Ids]) -> list[Scores]:
+    """Log-probs of both responses of every row, under the model as it is now."""
+    scored = scorer.score([row.prompt for row in rows], [row.completions for row in rows])
+    return [(scored[2 * place].numpy(), scored[2 * place + 1].numpy()) for place in range(len(rows))]
 
 
 def _by_length(rows: Sequence[_Ids], batch_size: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.errors import UserError
 from llmdoctor.evaluation.dynamics import pooled_dynamics
 from llmdoctor.evaluation.metrics import cluster_bootstrap_ci
+
+if TYPE_CHECKING:
+    from llmdoctor.baselines.implicit import ImplicitReward
 
 GUIDES = {
     DOCTOR: MERGED, DOCTOR_OF_ROUNDS: "tfpo", DOCTOR_OF_PAIRS: "no_rounds", "genarm": "genarm", "dpo": "dpo",
@@ -64,14 +67,12 @@ def make_dynamics(arena: Arena) -> list[DynamicsRow]:
     Raises:
         UserError: a guide tells no pair apart.
     """
-    from llmdoctor.baselines.implicit import implicit_rewards
-
     rows: list[DynamicsRow] = []
     for task in arena.tasks:
         kit = arena.kits[task.name]
         pairs = _unseen(kit)
         for method, kind in guides_of(arena.options).items():
-            found = [implicit_rewards(kit.trained(kind, seed), pairs) for seed in arena.seeds]
+            found = _read(arena, kit, method, kind, pairs)
             try:
                 curve = pooled_dynamics(
                     [([one.chosen for one in rewards], [one.rejected for one in rewards]) for rewards in found]
@@ -114,8 +115,6 @@ def make_human(
     Raises:
         UserError: a guide that is not compared.
     """
-    from llmdoctor.baselines.implicit import implicit_rewards
-
     guides = guides_of(arena.options)
     if unknown := sorted(set(names) - set(guides)):
         raise UserError(f"no guide compared here is named {', '.join(unknown)}; there is {', '.join(guides)}")
@@ -128,8 +127,8 @@ def make_human(
         if names and method not in {*names, DOCTOR}:
             continue
         right[method] = [[] for _ in pairs]
-        for seed in arena.seeds:
-            for place, reward in enumerate(implicit_rewards(kit.trained(kind, seed), pairs)):
+        for rewards in _read(arena, kit, method, kind, pairs):
+            for place, reward in enumerate(rewards):
                 chosen, rejected = reward.totals
                 right[method][place].append(_share(chosen, rejected))
     # No guide, but what judges LLMdoctor's rounds; the same for every seed.
@@ -156,6 +155,19 @@ def make_human(
     sources = {"train": pairs_record(train, kit.pairs()), "validation": pairs_record(validation, pairs)}
     arena.write("human.json", rows, guides_record(arena.options, [task], list(arena.seeds)) | sources)
     return rows
+
+
+def _read(
+    arena: Arena, kit: Kit, method: str, kind: str, pairs: Sequence[PreferencePair]
+) -> list[list[ImplicitReward]]:
+    """What a guide says of the pairs, one list a seed; trained where it is not there."""
+    from llmdoctor.baselines.implicit import implicit_rewards
+
+    folders = [kit.trained(kind, seed) for seed in arena.seeds]
+    arena.steps.start(f"{kit.task.name}: {method} reads", len(folders) * len(pairs), "pairs")
+    found = [implicit_rewards(folder, pairs, progress=arena.steps.advance) for folder in folders]
+    arena.steps.done()
+    return found
 
 
 def _share(chosen: float, rejected: float) -> float:
