@@ -152,7 +152,7 @@ def test_transfer_q_looks_ahead_with_the_policy_that_dpo_trained(
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_model_of_other_settings_is_refused(tiny_folder: Path, bench_sources: Path, models: Path, kind: str) -> None:
     kit, _ = kit_of(tiny_folder, bench_sources, models, epochs=2)
-    with pytest.raises(FingerprintMismatch, match=r"\((settings: stored \w{16}, now \w{16}|epochs: stored 1(\.0)?, now 2)\)") as caught:
+    with pytest.raises(FingerprintMismatch, match=r"\((settings: stored \w{16}|epochs: stored 1), now ") as caught:
         kit.trained(kind, 0)
     assert str(models / "a" / "seed0" / kind) in str(caught.value)
     assert "\n" not in str(caught.value)
