@@ -33,8 +33,8 @@ LOUDEST = {name: contender.settings[-1] for name, contender in CONTENDERS.items(
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     made = Arena(tmp_path_factory.mktemp("arena"), OPTIONS, Progress(), CONTROLLED_TASKS[:1], quick=True)
     with quiet_training(verbose=False):
-        make_table(made)
-        make_frontier(made)
+        make_table(made, everything=True)
+        make_frontier(made, everything=True)
     return made
 
 

@@ -29,6 +29,6 @@ def compared(tiny_folder: Path, bench_sources: Path, tmp_path_factory: pytest.Te
     """All methods on one task with two seeds, table and frontier written; a test that writes copies its folder."""
     with float32():
         arena, _ = arena_of(tiny_folder, bench_sources, tmp_path_factory.mktemp("compared"))
-        make_table(arena)
-        make_frontier(arena)
+        make_table(arena, everything=True)
+        make_frontier(arena, everything=True)
     return arena

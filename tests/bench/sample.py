@@ -224,6 +224,11 @@ def ablation_rows():
             "perplexity": 18.2,
             "prompts": 320,
             "seeds": 3,
+            "of": "" if variant == "whole" else "no_rounds" if variant.startswith("pairs_") else "no_pairs",
+            **dict.fromkeys(("win_plus_half_tie", "ci_low", "ci_high"), None),
+            **({} if variant == "whole" else {"win_plus_half_tie": 61.5, "ci_low": 58.1, "ci_high": 64.9}),
+            "by_seed": [] if variant == "whole" else [60.0, 61.0, 63.5],
+            "clamped": False,
         }
         for task in TASKS
         for variant, points in variants.items()

@@ -12,7 +12,7 @@ from tests.bench.tools import PROMPTS, Told, arena_of, cell_files
 from tests.tiny import some_pairs
 
 from llmdoctor.baselines.implicit import implicit_rewards
-from llmdoctor.bench.ablation import BETAS, VARIANTS, AblationRow, make_ablation, variants_of
+from llmdoctor.bench.ablation import BETAS, VARIANTS, AblationRow, make_ablation, taken_from, variants_of
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.held_out import (
     GUIDES,
@@ -24,12 +24,15 @@ from llmdoctor.bench.held_out import (
     make_human,
 )
 from llmdoctor.bench.kit import READOUT, Kit
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, Contender, guided
 from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.bench.table import Chosen, at_kl
 from llmdoctor.data.preferences import write_pairs
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.readout import fit_readout
+
+OF_THE_ROUNDS = ("no_subtb", "no_branch", "no_flow", "online_dpo")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,8 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
     before = cell_files(arena.output)
     rows = make_ablation(arena)
     assert rows == json.loads((arena.output / "ablation.json").read_text())
-    assert [(row["variant"], row["beta"]) for row in rows] == [(name, beta) for name in VARIANTS for beta in BETAS]
+    names = [name for name in VARIANTS if name not in OF_THE_ROUNDS]
+    assert [(row["variant"], row["beta"]) for row in rows] == [(name, beta) for name in names for beta in BETAS]
     assert all(set(row) == set(get_type_hints(AblationRow)) for row in rows)
     assert all((row["prompts"], row["seeds"]) == (PROMPTS, 1) for row in rows)
     # The whole doctor's answers are the comparison's.
@@ -58,9 +62,36 @@ def test_every_variant_at_every_beta(made: tuple[Arena, Told]) -> None:
     assert not [step for step in told.started if "llmdoctor" in step or step.endswith("training tfpo")]
 
 
+def test_what_a_part_was_taken_from_meets_the_variant_at_its_kl(made: tuple[Arena, Told]) -> None:
+    arena = made[0]
+    task = arena.tasks[0]
+    rows = make_ablation(arena, ["no_rounds", "pairs_no_flow"])
+    assert [(row["variant"], row["of"]) for row in rows[::2]] == [
+        ("whole", ""), ("no_rounds", "whole"), ("pairs_no_flow", "no_rounds")
+    ]  # fmt: skip
+    assert [row["win_plus_half_tie"] for row in rows[:2]] == [None, None]
+    for row, form in zip(rows[2:], [DOCTOR, DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_PAIRS], strict=True):
+        setting = {"beta": row["beta"]}
+        if row["variant"] == "no_rounds":
+            texts = arena.point(task, CONTENDERS[DOCTOR_OF_PAIRS], setting)
+        else:
+            settings = ({"beta": 1.0}, {"beta": 2.0})
+            contender = Contender("pairs_no_flow", "", "", settings, guided("pairs_no_flow", "ratio"),
+                                  trained=("pairs_no_flow",))  # fmt: skip
+            texts = arena.point(task, contender, setting)
+        opponent = Chosen([texts])
+        ours = at_kl(arena, task, opponent, form)
+        won = [value for found in arena.outcomes(task, ours.texts, opponent.texts).values() for value in found]
+        assert row["win_plus_half_tie"] == pytest.approx(100 * sum(won) / len(won))
+        assert row["ci_low"] <= row["win_plus_half_tie"] <= row["ci_high"]
+        assert sum(row["by_seed"]) / len(row["by_seed"]) == pytest.approx(row["win_plus_half_tie"])
+
+
 def test_some_variants_stand_beside_the_whole(made: tuple[Arena, Told]) -> None:
     rows = make_ablation(made[0], ["no_rounds"])
     assert [row["variant"] for row in rows] == ["whole", "whole", "no_rounds", "no_rounds"]
+    in_rounds = make_ablation(made[0], ["no_flow"])
+    assert [(row["variant"], row["of"]) for row in in_rounds[2:]] == [("no_flow", "no_pairs")] * 2
     with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is whole, no_pairs, no_s"):
         make_ablation(made[0], ["no_flows"])
 
@@ -72,6 +103,7 @@ def test_without_rounds_the_whole_is_the_doctor_of_the_pairs(
     names = ["whole", *(name for name in VARIANTS if name.startswith("pairs_"))]
     assert variants_of(BenchOptions(rounds=0)) == names
     arena, _ = arena_of(tiny_folder, bench_sources, tmp_path, rounds=0)
+    assert {taken_from(name, BenchOptions(rounds=0)) for name in names} == {"", "whole"}
     with pytest.raises(UserError, match="without rounds is named no_rounds; there is whole, p"):
         make_ablation(arena, ["no_rounds"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import threading
@@ -203,9 +204,13 @@ def test_an_ablation_is_trained_without_its_part_and_found_again(
     }
     assert (made.rewards_fingerprint != whole.rewards_fingerprint) == ("rewards" in changes)
     assert f"a, seed 0: training {kind}" in told.started
+    cost = models / "a" / "seed0" / f"{kind}.json"
+    assert json.loads(cost.read_text())["seconds"] > 0
+    cost.unlink()
     again, told = kit_of(tiny_folder, bench_sources, models)
     assert again.trained(kind, 0) == models / "a" / "seed0" / kind
     assert not [step for step in told.started if "training" in step]
+    assert not cost.exists()
 
 
 def test_no_sparsity_keeps_every_token(tiny_folder: Path, bench_sources: Path, models: Path) -> None:

@@ -273,6 +273,13 @@ def test_what_cannot_be_drawn_is_said(folder):
     assert "Not drawn, for want of a finite figure: greedy." in rendered(folder).text
 
 
+def test_an_ablation_says_what_the_part_was_worth(folder):
+    """Of every variant but the whole doctor."""
+    source = render_bench_report(folder).read_text()
+    parts = [row for row in json.loads((folder / "ablation.json").read_text()) if row["of"]]
+    assert source.count(" has 61.5 % (58.1 to 64.9) against it") == len(parts) == 20
+
+
 def test_an_ablation_of_another_base_says_so(folder):
     assert "Trained from" not in rendered(folder).text
     rewrite(folder, "run", lambda run: changed(run, "ablation", options={"base": "runs/small"}))

@@ -232,6 +232,20 @@ def test_every_method_has_its_rows_and_llmdoctor_never_meets_itself(rows: list[R
     ]
 
 
+def test_what_stands_aside_takes_part_where_it_is_asked_for(
+    compared: Arena, tiny_folder: Path, bench_sources: Path, tmp_path: Path
+) -> None:
+    """Its answers are there; without being asked for, it has no rows all the same."""
+    aside = {name for name, contender in CONTENDERS.items() if contender.aside}
+    assert aside == {*FORMS, "llmdoctor_alpha", "dpo_best", "readout_best"} - {"llmdoctor_product"}
+    output = shutil.copytree(compared.output, tmp_path / "out")
+    arena, told = arena_of(tiny_folder, bench_sources, output)
+    assert {row["method"] for row in make_table(arena)} == set(CONTENDERS) - aside - {DOCTOR}
+    assert {row["method"] for row in make_frontier(arena)} == set(CONTENDERS) - aside
+    assert {row["method"] for row in make_table(arena, ["llmdoctor_alpha"])} == {"llmdoctor_alpha", PATIENT}
+    assert not told.started
+
+
 def test_counts_and_shares_agree(rows: list[Row]) -> None:
     for row in rows:
         count = row["win"] + row["tie"] + row["loss"]

@@ -7,24 +7,35 @@ from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
 from llmdoctor.bench.kit import ABLATIONS, MERGED
-from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS, Contender, guided
-from llmdoctor.bench.options import BenchOptions
+from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS, Contender, guided
+from llmdoctor.bench.options import BenchOptions, Task
+from llmdoctor.bench.points import Point
+from llmdoctor.bench.table import Chosen, at_kl, percent_by_seed
 from llmdoctor.errors import UserError
+from llmdoctor.evaluation.arena import matchup_from_outcomes
 
 BETAS = (1.0, 2.0)
-WHOLE = "whole"
+WHOLE, OF_ROUNDS, OF_PAIRS = "whole", "no_pairs", "no_rounds"
 
 VARIANTS: Mapping[str, str] = {
     WHOLE: MERGED,
-    "no_pairs": "tfpo",
+    OF_ROUNDS: "tfpo",
     **{kind: kind for kind in ABLATIONS if kind != "tfpo"},
 }
 """By the name in rows, what `Kit.trained` calls it: the doctor as it is, its two halves (`no_pairs` is trained in
 rounds, `no_rounds` on the pairs), and each half with one of its own parts taken away."""
 
+# Their answers are the main comparison's.
+_THERE = {WHOLE: DOCTOR, OF_ROUNDS: DOCTOR_OF_ROUNDS, OF_PAIRS: DOCTOR_OF_PAIRS}
+
 
 class AblationRow(TypedDict):
-    """One row of `ablation.json`."""
+    """One row of `ablation.json`.
+
+    `of` is what the part was taken from ("" for the whole doctor), and `win_plus_half_tie` percent with its interval
+    what that one reaches against the variant, at the KL that the variant spends (`clamped` where it does not reach
+    that far): below 50 the part does harm. `by_seed` is the same for each seed.
+    """
 
     task: str
     variant: str
@@ -37,6 +48,12 @@ class AblationRow(TypedDict):
     perplexity: float
     prompts: int
     seeds: int
+    of: str
+    win_plus_half_tie: float | None
+    ci_low: float | None
+    ci_high: float | None
+    by_seed: list[float]
+    clamped: bool
 
 
 def variants_of(options: BenchOptions) -> list[str]:
@@ -44,12 +61,22 @@ def variants_of(options: BenchOptions) -> list[str]:
     return [name for name in VARIANTS if options.rounds or name == WHOLE or name.startswith("pairs_")]
 
 
+def taken_from(variant: str, options: BenchOptions) -> str:
+    """What a part is taken away from to make the variant; "" for the whole doctor."""
+    if variant == WHOLE:
+        return ""
+    if not options.rounds or variant in (OF_ROUNDS, OF_PAIRS):
+        return WHOLE
+    return OF_PAIRS if variant.startswith("pairs_") else OF_ROUNDS
+
+
 def make_ablation(arena: Arena, names: Sequence[str] = ()) -> list[AblationRow]:
     """Train and decode what is missing, write `ablation.json`; returns its rows.
 
     Args:
         arena: where.
-        names: those of `variants_of` that stand beside the whole doctor; all if none is given.
+        names: those of `variants_of` that stand beside the whole doctor; if none is given, its halves and what is taken
+            from the one of the pairs: what is trained in rounds takes several times as long.
 
     Raises:
         UserError: a variant that is not there.
@@ -59,35 +86,56 @@ def make_ablation(arena: Arena, names: Sequence[str] = ()) -> list[AblationRow]:
     if unknown := sorted(set(names) - set(known)):
         without = "" if arena.options.rounds else " without rounds"
         raise UserError(f"no variant of the doctor{without} is named {', '.join(unknown)}; there is {', '.join(known)}")
+    origins = {name: taken_from(name, arena.options) for name in known}
+    chosen = {name for name in known if (name in names if names else origins[name] != OF_ROUNDS)}
     settings = tuple({"beta": beta} for beta in BETAS)
-    # Their answers are the main comparison's.
-    there = {WHOLE: DOCTOR, "no_pairs": DOCTOR_OF_ROUNDS, "no_rounds": DOCTOR_OF_PAIRS}
     variants = {
-        name: Contender(there.get(name, name), name, "", settings, guided(kind, "ratio"), trained=(kind,))
-        for name, kind in VARIANTS.items()
-        if name in known and (not names or name in (WHOLE, *names))
-    }
-    arena.decode(list(variants.values()))
+        name: Contender(_THERE.get(name, name), name, "", settings, guided(VARIANTS[name], "ratio"),
+                        trained=(VARIANTS[name],))
+        for name in known
+        if name in chosen | {WHOLE}
+    }  # fmt: skip
+    # At all their settings, so that they can be had at any KL.
+    wholes = [CONTENDERS[_THERE[name]] for name in known if name in {origins[one] for one in chosen}]
+    arena.decode([*variants.values(), *wholes])
     rows: list[AblationRow] = []
     for task in arena.tasks:
-        arena.announce_scores(task, list(variants.values()))
-        for name, contender in variants.items():
-            for point in arena.points(task, contender):
-                figures = point.figures()
-                rows.append(
-                    {
-                        "task": task.name,
-                        "variant": name,
-                        "beta": point.setting["beta"],
-                        "score": figures["score"],
-                        "score_low": figures["score_low"],
-                        "score_high": figures["score_high"],
-                        "kl": figures["kl"],
-                        "distinct_4": figures["distinct_4"],
-                        "perplexity": figures["perplexity"],
-                        "prompts": figures["prompts"],
-                        "seeds": figures["seeds"],
-                    }
-                )
+        arena.announce_scores(task, [*variants.values(), *wholes])
+        points = [(name, point) for name, contender in variants.items() for point in arena.points(task, contender)]
+        matches = {
+            (name, place): (at_kl(arena, task, Chosen([point]), _THERE[origin]), point)
+            for place, (name, point) in enumerate(points)
+            if (origin := origins[name])
+        }
+        arena.announce(task, [(ours.texts, Chosen([point]).texts) for ours, point in matches.values()])
+        for place, (name, point) in enumerate(points):
+            rows.append(_row(arena, task, name, origins[name], point, matches.get((name, place))))
     arena.write("ablation.json", rows)
     return rows
+
+
+def _row(
+    arena: Arena, task: Task, variant: str, origin: str, point: Point, match: tuple[Chosen, Point] | None
+) -> AblationRow:
+    figures = point.figures()
+    outcomes = {} if match is None else arena.outcomes(task, match[0].texts, Chosen([point]).texts)
+    found = matchup_from_outcomes(outcomes) if outcomes else None
+    return {
+        "task": task.name,
+        "variant": variant,
+        "beta": point.setting["beta"],
+        "score": figures["score"],
+        "score_low": figures["score_low"],
+        "score_high": figures["score_high"],
+        "kl": figures["kl"],
+        "distinct_4": figures["distinct_4"],
+        "perplexity": figures["perplexity"],
+        "prompts": figures["prompts"],
+        "seeds": figures["seeds"],
+        "of": origin,
+        "win_plus_half_tie": found.win_plus_half_tie if found else None,
+        "ci_low": found.ci_low if found else None,
+        "ci_high": found.ci_high if found else None,
+        "by_seed": percent_by_seed(outcomes),
+        "clamped": match is not None and match[0].clamped,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from filelock import FileLock, Timeout
 
 from llmdoctor.bench.options import BenchOptions, Task
@@ -17,7 +19,7 @@ from llmdoctor.bench.record import pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.errors import FingerprintMismatch
-from llmdoctor.files import digest
+from llmdoctor.files import digest, write_json
 from llmdoctor.models.loading import LoadedModel, load_model, stored_weights_fingerprint
 from llmdoctor.rewards.store import RewardStore
 
@@ -182,7 +184,10 @@ class Kit:
         return self._once(("rewards", name), acquire)
 
     def trained(self, kind: str, seed: int) -> Path:
-        """The folder of a trained model: an entry of `ABLATIONS`, "merged", "dpo", "genarm" or "reward_model"."""
+        """The folder of a trained model: an entry of `ABLATIONS`, "merged", "dpo", "genarm" or "reward_model".
+
+        What its training took, where it was not begun before, is written beside it.
+        """
 
         # As `train_doctor`: without rounds there is nothing to merge.
         kind = "no_rounds" if kind == MERGED and not self.options.rounds else kind
@@ -190,7 +195,13 @@ class Kit:
         def train() -> Path:
             folder = self._models_folder / f"seed{seed}" / kind
             with only_one(folder.parent / f".{kind}.lock", folder, self.steps):
-                return self._train(kind, seed, folder)
+                start, there = time.perf_counter(), folder.is_dir()
+                made = self._train(kind, seed, folder)
+                # Of what was begun before, nobody knows how long it took.
+                if not there:
+                    seconds = time.perf_counter() - start
+                    write_json(folder.with_suffix(".json"), {"seconds": seconds, "threads": torch.get_num_threads()})
+                return made
 
         return self._once(("trained", kind, seed), train)
 

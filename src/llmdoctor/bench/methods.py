@@ -57,6 +57,8 @@ class Contender:
         any_task: it has nothing to learn, so its answers serve every task.
         few_prompts: it answers `transfer_q_prompts` prompts only.
         trained: the models it needs, as `Kit.trained` names them.
+        aside: it takes part where it is named, or where all are asked for: another form of LLMdoctor, or what such a
+            form has to be compared with.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Contender:
     any_task: bool = False
     few_prompts: bool = False
     trained: tuple[str, ...] = ()
+    aside: bool = False
 
 
 def _patient_alone(samples: int = 1, **sampling: Any) -> Build:
@@ -166,17 +169,18 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(DOCTOR, "LLMdoctor", "this project; arXiv 2601.10416",
                   _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2, 3), guided(MERGED, "ratio"), trained=(MERGED,)),
         Contender(DOCTOR_OF_ROUNDS, "LLMdoctor, trained in rounds", "this project; arXiv 2601.10416",
-                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",)),
+                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",), aside=True),
         Contender(DOCTOR_OF_PAIRS, "LLMdoctor, trained on the pairs", "this project; arXiv 2601.10416",
-                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",)),
+                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",),
+                  aside=True),
         Contender("llmdoctor_onset", "LLMdoctor, β growing over 4 tokens", "this project",
-                  _grid("beta", 0.5, 1, 2, 3, onset=4.0), guided(MERGED, "ratio"), trained=(MERGED,)),
+                  _grid("beta", 0.5, 1, 2, 3, onset=4.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
         Contender("llmdoctor_alpha", "LLMdoctor at β = 1, α from ¾ to 1½", "this project",
-                  _grid("alpha", 0.75, 1.25, 1.5, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,)),
+                  _grid("alpha", 0.75, 1.25, 1.5, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided(MERGED, "product"), trained=(MERGED,)),
         Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
-                  _best_guided(MERGED), trained=(MERGED, READOUT)),
+                  _best_guided(MERGED), trained=(MERGED, READOUT), aside=True),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
         Contender("temperature", "temperature 0.7", "", ({},), _patient_alone(temperature=0.7), any_task=True),
@@ -185,7 +189,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("contrastive", "contrastive search", "arXiv 2202.06417", ({},), _contrastive, any_task=True),
         Contender(BEST_OF_N, "best-of-n", "arXiv 2401.01879", _grid("n", 2, 4, 8), None, trained=_CRITIC),
         Contender("readout_best", "best-of-n by read-out", "this project", _grid("n", 2, 4, 8), None,
-                  trained=(READOUT,)),
+                  trained=(READOUT,), aside=True),
         Contender("args", "ARGS, greedy", "arXiv 2402.01694", _grid("weight", 1.5), _args(0.0), trained=_CRITIC),
         Contender("args_stochastic", "ARGS, stochastic", "arXiv 2402.01694", _grid("weight", 1, 3), _args(1.0),
                   trained=_CRITIC),
@@ -199,7 +203,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("dpo", "DPO (policy at β = 1, log-ratio guide elsewhere)", "arXiv 2305.18290",
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2), guided("dpo", "ratio"), trained=("dpo",)),
         Contender("dpo_best", "DPO, best of 4 by read-out", "this project's read-out", _grid("beta", 0.5, 1, n=4.0),
-                  _best_guided("dpo"), trained=("dpo", READOUT)),
+                  _best_guided("dpo"), trained=("dpo", READOUT), aside=True),
     )
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""

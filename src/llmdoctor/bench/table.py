@@ -89,17 +89,18 @@ class Elo(TypedDict):
     high: float
 
 
-def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
+def make_table(arena: Arena, names: Sequence[str] = (), everything: bool = False) -> list[Row]:
     """Decode what is missing, write `table.json`, `pairs.json` and `elo.json`; returns the table's rows.
 
     Args:
         arena: where.
-        names: methods; all if empty. LLMdoctor and the patient always take part.
+        names: methods; all but those `aside` if empty. LLMdoctor and the patient always take part.
+        everything: those `aside`, too, as also where only what is there counts.
     """
     rows: list[Row] = []
     pairs: list[Match] = []
     ratings: list[Elo] = []
-    for task, contenders in _part_taking(arena, names):
+    for task, contenders in _part_taking(arena, names, everything):
         chosen = [contender.name for contender in contenders]
         arena.announce_scores(task, contenders, _most_questions(arena, chosen))
         best = {contender.name: best_point(arena, task, contender) for contender in contenders}
@@ -124,9 +125,14 @@ def make_table(arena: Arena, names: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def make_frontier(arena: Arena, names: Sequence[str] = (), embedder: Embedder | None = None) -> list[Figures]:
-    """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows."""
-    part_taking = _part_taking(arena, names)
+def make_frontier(
+    arena: Arena, names: Sequence[str] = (), everything: bool = False, embedder: Embedder | None = None
+) -> list[Figures]:
+    """Decode what is missing, write `frontier.json`, one row a task, method and setting; returns the rows.
+
+    `names` and `everything` are as `make_table`'s.
+    """
+    part_taking = _part_taking(arena, names, everything)
     for task, contenders in part_taking:
         arena.announce_scores(task, contenders)
     points = [point for task, contenders in part_taking for one in contenders for point in arena.points(task, one)]
@@ -135,9 +141,14 @@ def make_frontier(arena: Arena, names: Sequence[str] = (), embedder: Embedder | 
     return rows
 
 
-def _part_taking(arena: Arena, names: Sequence[str]) -> list[tuple[Task, list[Contender]]]:
-    """Decode what is missing; each task with the methods of these names (all if empty) that take part in it."""
-    chosen = [CONTENDERS[name] for name in CONTENDERS if not names or name in {*names, DOCTOR, PATIENT}]
+def _part_taking(arena: Arena, names: Sequence[str], everything: bool) -> list[tuple[Task, list[Contender]]]:
+    """Decode what is missing; each task with the methods asked for that take part in it."""
+    everything = everything or arena.so_far
+    chosen = [
+        contender
+        for name, contender in CONTENDERS.items()
+        if name in {*names, DOCTOR, PATIENT} or (not names and (everything or not contender.aside))
+    ]
     arena.decode(chosen)
     found = [(task, arena.part_taking(task, chosen)) for task in arena.tasks]
     for task, contenders in found:
@@ -278,7 +289,7 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "clamped": doctor.clamped,
         "keeps_text": method.keeps_text,
         "doctor_keeps_text": doctor.keeps_text,
-        "by_seed": _by_seed(outcomes),
+        "by_seed": percent_by_seed(outcomes),
     }
 
 
@@ -330,12 +341,12 @@ def _match(
     task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]], at: str = "best",
     clamped: bool = False,
 ) -> Match:  # fmt: skip
-    by_seed = _by_seed(outcomes)
+    by_seed = percent_by_seed(outcomes)
     return {"task": task.name, "first": first, "second": second, "at": at, **_result(outcomes), "by_seed": by_seed,
             "clamped": clamped}  # fmt: skip
 
 
-def _by_seed(outcomes: Mapping[str, Sequence[float]]) -> list[float]:
+def percent_by_seed(outcomes: Mapping[str, Sequence[float]]) -> list[float]:
     """Percent won by each seed's answers."""
     return [100 * sum(seed) / len(seed) for seed in zip(*outcomes.values(), strict=True)]
 

@@ -36,6 +36,20 @@ _Size = Annotated[dict[str, Any], FieldsOf("llmdoctor.bench.options", "BenchOpti
 _Methods = Annotated[
     list[str], typer.Option("--method", metavar="NAME", help="Only this method beside LLMdoctor. Repeatable.")
 ]
+_All = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Also LLMdoctor's other forms and what stands beside them, DPO and the patient with the same "
+        "judge: half as long again.",
+    ),
+]  # fmt: skip
+_Variants = Annotated[
+    list[str],
+    typer.Option(
+        "--variant", metavar="NAME", help="Only this variant beside the whole. Repeatable. Those trained in rounds "
+        "(no_subtb, no_branch, no_flow, online_dpo) are made only so: they take hours.",
+    ),
+]  # fmt: skip
 _TaskName = Annotated[
     list[str], typer.Option("--task", metavar="NAME", help="Only this of the controlled tasks. Repeatable.")
 ]
@@ -175,6 +189,7 @@ def table(
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
+    all: _All = False,
     shard: _Shard = None,
     so_far: _SoFar = False,
     pairs_from: _Pairs = [],  # noqa: B006
@@ -192,7 +207,7 @@ def table(
 
     names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
     with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
-        rows = make_table(arena, names)
+        rows = make_table(arena, names, all)
     shown = Table(box=None, pad_edge=False)
     words, figures = ("task", "against", "at"), ("win/tie/loss", "win + ½ tie", "95 %", "score")
     for head in (*words, *figures, "LLMdoctor's", "KL", "its KL"):
@@ -217,6 +232,7 @@ def frontier(
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
     method: _Methods = [],  # noqa: B006
+    all: _All = False,
     shard: _Shard = None,
     so_far: _SoFar = False,
     pairs_from: _Pairs = [],  # noqa: B006
@@ -237,7 +253,7 @@ def frontier(
     names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
     embed = get_embedder(embedder) if embedder else None
     with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
-        rows = make_frontier(arena, names, embed)
+        rows = make_frontier(arena, names, all, embed)
     figures = ("score", "kl", "distinct_4", "self_bleu", "perplexity", "tokens_per_second")
     show_rows(run, rows, ("task", "method", "setting"), figures)
     show_done(run, output, "frontier.json", quick)
@@ -291,9 +307,7 @@ def ablation(
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
     task: _TaskName = [],  # noqa: B006
-    variant: Annotated[
-        list[str], typer.Option("--variant", metavar="NAME", help="Only this variant beside the whole. Repeatable.")
-    ] = [],  # noqa: B006
+    variant: _Variants = [],  # noqa: B006
     shard: _Shard = None,
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
@@ -304,6 +318,8 @@ def ablation(
 ) -> None:
     """The doctor without one of its halves (rounds, pairs), and each half without one of its own parts.
 
+    What the part was taken from (of) is set against the variant at the KL that the variant spends.
+
     Example: llmdoctor bench ablation --quick
     """
     from llmdoctor.bench.ablation import make_ablation
@@ -311,7 +327,8 @@ def ablation(
     tasks = _tasks(task, pairs_from, faces, judge)
     with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         rows = make_ablation(arena, variant)
-    show_rows(run, rows, ("task", "variant"), ("beta", "score", "score_low", "score_high", "kl", "distinct_4"))
+    figures = ("beta", "score", "kl", "distinct_4", "win_plus_half_tie", "ci_low", "ci_high")
+    show_rows(run, rows, ("task", "variant", "of"), figures)
     show_done(run, output, "ablation.json", quick)
 
 

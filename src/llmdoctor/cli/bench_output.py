@@ -13,14 +13,14 @@ from llmdoctor.cli.command import Run
 
 
 def show_rows(run: Run, rows: Any, names: tuple[str, ...], figures: tuple[str, ...]) -> None:
-    """Print some columns of result rows: words under `names`, numbers under `figures`."""
+    """Print some columns of result rows: words under `names`, numbers under `figures`, nothing for None."""
     shown = Table(box=None, pad_edge=False)
     for name in names:
         shown.add_column(name)
     for name in figures:
         shown.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        shown.add_row(*(_words(row[name]) for name in names), *(f"{row[name]:.3f}" for name in figures))
+        shown.add_row(*(_words(row[name]) for name in names), *(_figure(row[name]) for name in figures))
     show_table(run, shown)
 
 
@@ -35,6 +35,10 @@ def show_done(run: Run, output: Path, name: str, quick: bool) -> None:
     if quick:
         run.say("A smoke run: these figures mean nothing.")
     run.say(f"results are in {output / name}, every answer in {output / 'raw'}; llmdoctor bench report -o {output}")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _words(value: Any) -> str:

@@ -29,7 +29,8 @@ from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.loading import LoadedModel
 
 _BLOCK = 64
-"""Rows whose logits are alive at once."""
+"""Rows whose logits are alive at once; on a CPU rows times voices, because larger tensors are taken from the system,
+page by page, every time."""
 
 _CPU_BLOCK = 16
 """Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
@@ -209,7 +210,7 @@ class GuidedDecoder:
 
     def _draw(self, ward: Ward, guided: bool) -> None:
         """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
-        tree = ward.tree
+        tree, on_cpu = ward.tree, ward.controls.alpha.device.type == "cpu"
         # Asking for them waits for the whole pass.
         guesses = ward.guesses.tolist() if tree.guesses else []
         drawn: list[list[int]] = [[] for _ in ward.rows]
@@ -218,9 +219,8 @@ class GuidedDecoder:
         for place in at:
             ward.rows[place].completion.guessed += tree.guesses
         while at:
-            for places in _blocks(list(at), _BLOCK):
+            for places in _blocks(list(at), max(1, _BLOCK // ward.voices) if on_cpu else _BLOCK):
                 logits = ward.logits(places, [at[place] for place in places])
-                on_cpu = logits[0].device.type == "cpu"
                 tokens: list[int] = []
                 for block in _blocks(places, _CPU_BLOCK if on_cpu else _BLOCK):
                     part = slice(len(tokens), len(tokens) + len(block))

@@ -45,6 +45,7 @@ class Ward:
         tree: of the last step's guesses.
         guesses: [B, N] the tokens at its nodes, each row's last token at the root.
         controls: of the rows.
+        voices: most of any lane.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Ward:
             name: {at[0] for at in voices if at is not None and specs[at[0]].translation is not None}
             for name, *voices in zip(names, mixture.guides, mixture.references, strict=False)
         }
+        self.voices = max(len(spec.voices) for spec in specs)
         self.guide_forwards = sum(len(spec.voices) for spec in specs) - 1
         self._width = min(int(spec.head.linear.weight.shape[0]) for spec in specs)
         self.controls: Controls

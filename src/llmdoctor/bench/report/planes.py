@@ -88,6 +88,9 @@ def ablation_pictures(results: BenchResults, task: str, stem: str) -> Iterator[P
 
 def _part(row: Any) -> Spot:
     title = f"{look(row['variant']).title}, β = {row['beta']:g}\nscore {plain(row['score'], 3)}, KL {plain(row['kl'])}"
+    if row["win_plus_half_tie"] is not None:
+        against = f"{plain(row['win_plus_half_tie'], 1)} % ({plain(row['ci_low'], 1)} to {plain(row['ci_high'], 1)})"
+        title += f"\nat this KL {look(row['of']).name} has {against} against it"
     return Spot(row["kl"], row["score"], title, None, (row["score_low"], row["score_high"]))
 
 
