@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.tiny import acquire, fresh_doctor, load, naive_logps, pair, shaken, some_pairs
 
-from llmdoctor.baselines.implicit import ImplicitReward, accuracy, held_out_metrics, implicit_rewards
+from llmdoctor.baselines.implicit import ImplicitReward, accuracy, held_out_metrics, implicit_rewards, reference_logps
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
@@ -68,6 +68,24 @@ def test_pairs_of_text_are_read_as_stage_1_reads_them(tiny_folder: Path, store: 
     assert all(len(reward.chosen) <= 2 for reward in cut)
 
 
+def test_guides_of_one_base_share_what_it_says(tiny_folder: Path, store: RewardStore) -> None:
+    """Read once, its log-probs give each guide the very rewards that it has by itself."""
+    doctors = [shaken(fresh_doctor(load(tiny_folder)), seed) for seed in (0, 1)]
+    heard: list[int] = []
+    references = reference_logps(doctors[0], store.rows(), progress=heard.append)
+    assert sum(heard) == len(references) == len(store.dataset())
+    for doctor in doctors:
+        alone = implicit_rewards(doctor, store.rows())
+        shared = implicit_rewards(doctor, store.rows(), references=references)
+        for one, other in zip(alone, shared, strict=True):
+            assert one.chosen == pytest.approx(other.chosen, abs=1e-6)
+            assert one.rejected == pytest.approx(other.rejected, abs=1e-6)
+    without = implicit_rewards(doctors[0], store.rows(), reference=False, references=references)
+    assert not np.allclose(without[0].chosen, implicit_rewards(doctors[0], store.rows())[0].chosen)
+    with pytest.raises(UserError, match="the reference's log-probs are of other pairs"):
+        implicit_rewards(doctors[0], some_pairs(3), references=references)
+
+
 def test_an_untrained_guide_has_no_opinion(tiny_folder: Path, store: RewardStore) -> None:
     """Log-ratios are exactly zero, so every pair is a tie and the accuracy one half."""
     doctor = fresh_doctor(load(tiny_folder))
@@ -94,6 +112,8 @@ def test_bad_input(tiny_folder: Path) -> None:
     whole = fresh_doctor(load(tiny_folder), lora=False)
     with pytest.raises(UserError, match="whose weights were all trained keeps no reference"):
         implicit_rewards(whole, some_pairs(1))
+    with pytest.raises(UserError, match="whose weights were all trained keeps no reference"):
+        reference_logps(whole, some_pairs(1))
     assert len(implicit_rewards(whole, some_pairs(1), reference=False)) == 1
     empty = pair("", "no", chosen_complete=False)
     with pytest.raises(UserError, match="pair 2 has an empty response that is not complete"):

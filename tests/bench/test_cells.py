@@ -316,7 +316,7 @@ def test_a_trained_reward_model_that_gives_no_numbers_chooses_nothing(
     critic = compared.kits["a"].reward_model(0)
     monkeypatch.setattr(critic, "score", lambda prompts, texts, complete: [math.nan] * len(texts))
     monkeypatch.setattr(arena.kits["a"], "reward_model", lambda seed: critic)
-    with pytest.raises(UserError, match="a: the reward model of seed 0 gave the reward nan to 12 of 12 answers"):
+    with pytest.raises(UserError, match="a: the reward model of seed 0 gave the reward nan to 48 of 48 answers"):
         arena.cells.get(arena.tasks[0], CONTENDERS[BEST_OF_N], {"n": 2.0}, 0)
     assert not (tmp_path / "raw/a").exists()
 

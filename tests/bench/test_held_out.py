@@ -113,6 +113,7 @@ def test_dynamics_of_every_guide(tiny_folder: Path, bench_sources: Path, made: t
     arena, told = arena_of(tiny_folder, bench_sources, made[0].output)
     rows = make_dynamics(arena)
     assert dict(zip(told.started, told.units, strict=True))["a: llmdoctor reads"] == 2, "one pair, two seeds"
+    assert told.started.count("a: their base reads") == 1
     records = json.loads((made[0].output / "run.json").read_text())
     assert {"table.json", "elo.json", "frontier.json", "dynamics.json"} <= set(records), "those of before are kept"
     assert records["table.json"]["seeds"] == [0, 1]

@@ -28,6 +28,7 @@ WITHOUT_REFERENCE = ("genarm",)
 """Methods whose reward is log π itself; that of all others is log π/π_ref."""
 
 Scores = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Of the chosen and of the rejected response, [L⁺] and [L⁻] log-probs in nats."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def implicit_rewards(
     *,
     base: LoadedModel | None = None,
     reference: bool | None = None,
+    references: Sequence[Scores] | None = None,
     max_completion_length: int | None = 512,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
@@ -62,6 +64,8 @@ def implicit_rewards(
         pairs: preference pairs, or rows of a reward store (`prompt`, `chosen_ids`, `rejected_ids`).
         base: the guide's base model if already loaded, for a folder; it becomes part of the guide.
         reference: subtract the reference's log-probs; None does what the guide's method means.
+        references: these log-probs, from `reference_logps` of the same pairs and base, to be subtracted instead of
+            being read anew for every guide.
         max_completion_length: of pairs given as text, keep only so many tokens of a response, as stage 1 does.
         batch_size: pairs in one forward pass.
         progress: called with the number of pairs just finished.
@@ -75,13 +79,15 @@ def implicit_rewards(
     doctor = guide if isinstance(guide, Doctor) else Doctor.from_pretrained(guide, base=base)
     if reference is None:
         reference = doctor.doctor_config.training.get("method") not in WITHOUT_REFERENCE
-    if reference and not doctor.doctor_config.lora:
-        raise UserError("a guide whose weights were all trained keeps no reference; give one with a LoRA adapter")
-    rows = [_ids(number, pair, doctor.encoder, max_completion_length) for number, pair in enumerate(pairs, start=1)]
+    if reference and references is None:
+        _need_reference(doctor)
+    rows = _rows(doctor, pairs, max_completion_length)
+    if references is not None and _lengths(references) != [tuple(map(len, row.completions)) for row in rows]:
+        raise UserError("the reference's log-probs are of other pairs, or of another tokenizer")
     was_training = doctor.training
     doctor.eval()
     scorer, of_reference = _scorer(doctor), None
-    if reference:
+    if reference and references is None:
         with doctor.as_reference():
             # Its own: a scorer keeps the states of what all prompts begin with.
             of_reference = _scorer(doctor)
@@ -89,13 +95,46 @@ def implicit_rewards(
     for places in _by_length(rows, batch_size):
         batch = [rows[index] for index in places]
         scores = _scores(scorer, batch)
-        if of_reference:
-            with doctor.as_reference():
-                references = _scores(of_reference, batch)
-            scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, references, strict=True)]
+        if reference:
+            if of_reference is None:
+                assert references is not None
+                known = [references[index] for index in places]
+            else:
+                with doctor.as_reference():
+                    known = _scores(of_reference, batch)
+            scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, known, strict=True)]
         found |= {index: ImplicitReward(*both) for index, both in zip(places, scores, strict=True)}
         if progress:
             progress(len(batch))
+    doctor.train(was_training)
+    return [found[index] for index in range(len(rows))]
+
+
+def reference_logps(
+    guide: Doctor | str | Path,
+    pairs: Iterable[PreferencePair | Mapping[str, Any]],
+    *,
+    base: LoadedModel | None = None,
+    max_completion_length: int | None = 512,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[Scores]:
+    """Per-token log π_ref of both responses of every pair: what the guide's base says without the adapter.
+
+    Arguments and errors are as `implicit_rewards`'.
+    """
+    doctor = guide if isinstance(guide, Doctor) else Doctor.from_pretrained(guide, base=base)
+    _need_reference(doctor)
+    rows = _rows(doctor, pairs, max_completion_length)
+    was_training = doctor.training
+    doctor.eval()
+    found: dict[int, Scores] = {}
+    with doctor.as_reference():
+        scorer = _scorer(doctor)
+        for places in _by_length(rows, batch_size):
+            found |= dict(zip(places, _scores(scorer, [rows[index] for index in places]), strict=True))
+            if progress:
+                progress(len(places))
     doctor.train(was_training)
     return [found[index] for index in range(len(rows))]
 
@@ -124,6 +163,19 @@ class _Ids:
     @property
     def length(self) -> int:
         return len(self.prompt) + max(map(len, self.completions))
+
+
+def _need_reference(doctor: Doctor) -> None:
+    if not doctor.doctor_config.lora:
+        raise UserError("a guide whose weights were all trained keeps no reference; give one with a LoRA adapter")
+
+
+def _rows(doctor: Doctor, pairs: Iterable[PreferencePair | Mapping[str, Any]], max_length: int | None) -> list[_Ids]:
+    return [_ids(number, pair, doctor.encoder, max_length) for number, pair in enumerate(pairs, start=1)]
+
+
+def _lengths(scores: Sequence[Scores]) -> list[tuple[int, ...]]:
+    return [(len(chosen), len(rejected)) for chosen, rejected in scores]
 
 
 def _ids(number: int, pair: PreferencePair | Mapping[str, Any], encoder: ChatEncoder, max_length: int | None) -> _Ids:

@@ -88,6 +88,7 @@ class Cells:
         self.kits = kits
         self.steps = steps
         self._told: set[Path] = set()
+        self._rewarded: dict[tuple[str, str, int], tuple[list[float], float]] = {}
 
     def get(self, task: Task, contender: Contender, setting: Setting, seed: int, variant: str = "") -> Cell:
         """The cell, decoded now if it is not there yet.
@@ -183,22 +184,12 @@ class Cells:
     def _choose(self, task: Task, contender: Contender, n: int, seed: int) -> Cell:
         """Best-of-n of the patient's own answers, which are decoded once for every n."""
         samples = self.get(task, CONTENDERS[PATIENT], {}, seed)
-        conversations = {prompt.id: prompt.messages for prompt in self.prompts}
-        answers = [answer for answer in samples.answers if answer.sample < n]
-        start = time.perf_counter()
-        kit = self.kits[task.name]
-        judged_by = "read-out" if contender.trained == (READOUT,) else "reward model"
-        judge: Rewarder = kit.readout() if judged_by == "read-out" else kit.reward_model(seed)
-        rewards = judge.score(
-            [conversations[answer.prompt] for answer in answers],
-            [answer.text for answer in answers],
-            complete=[answer.finish == "stop" for answer in answers],
-        )
-        finite_rewards(f"{task.name}: the {judged_by} of seed {seed}", rewards)
-        seconds = time.perf_counter() - start + samples.seconds * n / SAMPLES
+        rewards, scoring = self._rewards(task, contender.trained[0], seed, samples.answers)
+        seconds = (scoring + samples.seconds) * n / SAMPLES
         by_prompt: dict[str, list[tuple[float, Answer]]] = {}
-        for reward, answer in zip(rewards, answers, strict=True):
-            by_prompt.setdefault(answer.prompt, []).append((reward, answer))
+        for reward, answer in zip(rewards, samples.answers, strict=True):
+            if answer.sample < n:
+                by_prompt.setdefault(answer.prompt, []).append((reward, answer))
         kept = []
         for every in by_prompt.values():
             # As `BestOfN`: one that a model broke off is no answer.
@@ -214,6 +205,24 @@ class Cells:
                 )
             )
         return Cell(kept, seconds)
+
+    def _rewards(self, task: Task, judge: str, seed: int, answers: Sequence[Answer]) -> tuple[list[float], float]:
+        """What a judge of the kit's gives the patient's answers, which serve every n, and the seconds that took."""
+        if (task.name, judge, seed) not in self._rewarded:
+            kit = self.kits[task.name]
+            conversations = {prompt.id: prompt.messages for prompt in self.prompts}
+            of_states = judge == READOUT
+            model: Rewarder = kit.readout() if of_states else kit.reward_model(seed)
+            start = time.perf_counter()
+            rewards = model.score(
+                [conversations[answer.prompt] for answer in answers],
+                [answer.text for answer in answers],
+                complete=[answer.finish == "stop" for answer in answers],
+            )
+            name = "read-out" if of_states else "reward model"
+            finite_rewards(f"{task.name}: the {name} of seed {seed}", rewards)
+            self._rewarded[task.name, judge, seed] = list(rewards), time.perf_counter() - start
+        return self._rewarded[task.name, judge, seed]
 
     @staticmethod
     def _encoder(decoder: Any) -> ChatEncoder:

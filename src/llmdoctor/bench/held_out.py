@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -71,8 +71,7 @@ def make_dynamics(arena: Arena) -> list[DynamicsRow]:
     for task in arena.tasks:
         kit = arena.kits[task.name]
         pairs = _unseen(kit)
-        for method, kind in guides_of(arena.options).items():
-            found = _read(arena, kit, method, kind, pairs)
+        for method, found in _read(arena, kit, guides_of(arena.options), pairs):
             try:
                 curve = pooled_dynamics(
                     [([one.chosen for one in rewards], [one.rejected for one in rewards]) for rewards in found]
@@ -123,14 +122,12 @@ def make_human(
     kit = Kit(task, arena.options, arena.output / "models", arena.steps)
     pairs = list(load_preferences(validation, limit=validation_count))
     right: dict[str, list[list[float]]] = {}
-    for method, kind in guides.items():
-        if names and method not in {*names, DOCTOR}:
-            continue
+    chosen = {method: kind for method, kind in guides.items() if not names or method in {*names, DOCTOR}}
+    for method, found in _read(arena, kit, chosen, pairs):
         right[method] = [[] for _ in pairs]
-        for rewards in _read(arena, kit, method, kind, pairs):
+        for rewards in found:
             for place, reward in enumerate(rewards):
-                chosen, rejected = reward.totals
-                right[method][place].append(_share(chosen, rejected))
+                right[method][place].append(_share(*reward.totals))
     # No guide, but what judges LLMdoctor's rounds; the same for every seed.
     right[READOUT] = [[_share(*scores)] for scores in _judged(kit, pairs)]
     rows: list[HumanRow] = []
@@ -158,16 +155,25 @@ def make_human(
 
 
 def _read(
-    arena: Arena, kit: Kit, method: str, kind: str, pairs: Sequence[PreferencePair]
-) -> list[list[ImplicitReward]]:
-    """What a guide says of the pairs, one list a seed; trained where it is not there."""
-    from llmdoctor.baselines.implicit import implicit_rewards
+    arena: Arena, kit: Kit, guides: Mapping[str, str], pairs: Sequence[PreferencePair]
+) -> Iterator[tuple[str, list[list[ImplicitReward]]]]:
+    """Each guide with what it says of the pairs, one list a seed; trained where it is not there."""
+    from llmdoctor.baselines.implicit import implicit_rewards, reference_logps
 
-    folders = [kit.trained(kind, seed) for seed in arena.seeds]
-    arena.steps.start(f"{kit.task.name}: {method} reads", len(folders) * len(pairs), "pairs")
-    found = [implicit_rewards(folder, pairs, progress=arena.steps.advance) for folder in folders]
-    arena.steps.done()
-    return found
+    references = None
+    for method, kind in guides.items():
+        folders = [kit.trained(kind, seed) for seed in arena.seeds]
+        if references is None:
+            # All guides are trained from one base.
+            arena.steps.start(f"{kit.task.name}: their base reads", len(pairs), "pairs")
+            references = reference_logps(folders[0], pairs, progress=arena.steps.advance)
+            arena.steps.done()
+        arena.steps.start(f"{kit.task.name}: {method} reads", len(folders) * len(pairs), "pairs")
+        found = [
+            implicit_rewards(folder, pairs, references=references, progress=arena.steps.advance) for folder in folders
+        ]
+        arena.steps.done()
+        yield method, found
 
 
 def _share(chosen: float, rejected: float) -> float:

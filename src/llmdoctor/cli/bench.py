@@ -318,13 +318,15 @@ def ablation(
 ) -> None:
     """The doctor without one of its halves (rounds, pairs), and each half without one of its own parts.
 
-    What the part was taken from (of) is set against the variant at the KL that the variant spends.
+    What the part was taken from (of) is set against the variant at the KL that the variant spends. On sentiment, unless
+    --task or --pairs-from says otherwise.
 
     Example: llmdoctor bench ablation --quick
     """
     from llmdoctor.bench.ablation import make_ablation
 
-    tasks = _tasks(task, pairs_from, faces, judge)
+    # Seven trainings a seed: of both tasks they would take longer than all the rest.
+    tasks = _tasks(task or ([] if pairs_from else ["sentiment"]), pairs_from, faces, judge)
     with _arena(run, output, quick, size, tasks, chat, yes, shard) as arena:
         rows = make_ablation(arena, variant)
     figures = ("beta", "score", "kl", "distinct_4", "win_plus_half_tie", "ci_low", "ci_high")
