@@ -95,7 +95,7 @@ def test_bad_input(cli: Cli, folder: Path, pairs: Path, tiny_folder: Path, tmp_p
 
     ask = ("generate", "Hello", "--patient", tiny_folder)
     assert "--best-of N with N above 1, got --best-of 1" in refused(*ask, "--readout", folder)
-    assert "--best-of N with N above 1, got --best-of 0" in refused(*ask, "--best-of", 0)
+    assert "--best-of must be at least 1 answer, got 0" in refused(*ask, "--best-of", 0)
     assert "--best-of 4 needs one read-out that chooses, and no doctor given" in refused(*ask, "--best-of", 4)
     assert "has no readout.json" in refused(*ask, "--best-of", 4, "--readout", tmp_path)
     make = ("readout", "--pairs", pairs, "--patient", tiny_folder, "--folds", 3, "-o")

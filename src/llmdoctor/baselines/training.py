@@ -176,7 +176,7 @@ def open_run(
         # Else a run that is cut would leave the result of other settings to be found.
         finished.unlink(missing_ok=True)
     elif finished.is_file():
-        check_same_training(output, *map(training_identity, (type(config).load(output), config)))
+        check_same_training(output, training_identity(type(config).load(output)), training_identity(config))
         return BaselineRun(output, train_set, held_out, None, done=True)
     checkpoint = claim_checkpoints(output / "checkpoints", config, resume)
     if base.model.device.type == "cpu":

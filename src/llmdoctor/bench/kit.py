@@ -18,7 +18,6 @@ from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
 from llmdoctor.decoding.guides import Guide, load_guide
-from llmdoctor.errors import FingerprintMismatch
 from llmdoctor.files import digest, write_json
 from llmdoctor.models.loading import LoadedModel, load_model, stored_weights_fingerprint
 from llmdoctor.rewards.store import RewardStore
@@ -359,21 +358,17 @@ class Kit:
     def _check_doctor(self, folder: Path, settings: dict[str, Any], rewards: RewardStore) -> None:
         """FingerprintMismatch unless the doctor in `folder` is what `train_doctor` would make."""
         from llmdoctor.models.doctor import DoctorConfig
+        from llmdoctor.tfpo.checkpoints import check_same_training
         from llmdoctor.tfpo.options import decisive
 
+        def identity(base: str, fingerprint: Mapping[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+            training = decisive(training)
+            return {"base": base, "rewards": digest(fingerprint), "settings": digest(training), "training": training}
+
         stored = DoctorConfig.load(folder)
-        was = {
-            "base": str(stored.base_fingerprint.get("model")),
-            "rewards": digest(stored.rewards_fingerprint),
-            "settings": digest(decisive(stored.training)),
-        }
-        now = {
-            "base": self.weights["base"],
-            "rewards": digest(dict(rewards.fingerprint)),
-            "settings": digest(decisive(settings)),
-        }
-        if was != now:
-            raise FingerprintMismatch(str(folder), was, now, "Give another output folder, or delete it.")
+        was = identity(str(stored.base_fingerprint.get("model")), stored.rewards_fingerprint, stored.training)
+        now = identity(self.weights["base"], dict(rewards.fingerprint), settings)
+        check_same_training(folder, was, now, "Give another output folder, or delete it.")
 
 
 @cache

@@ -190,7 +190,9 @@ def _commands(letter: str) -> bool:
 
 def _readout_of(best_of: int, readout: Path | None, doctors: Sequence[DoctorArgument]) -> Path | None:
     """The folder of the judge of `--best-of`: the one given, or the one that rounds left in a doctor's folder."""
-    if best_of < 1 or (readout is not None and best_of == 1):
+    if best_of < 1:
+        raise UserError(f"--best-of must be at least 1 answer, got {best_of}")
+    if readout is not None and best_of == 1:
         raise UserError(f"--readout chooses among the answers of --best-of N with N above 1, got --best-of {best_of}")
     if best_of == 1 or readout is not None:
         return readout

@@ -44,12 +44,18 @@ def training_identity(config: DoctorConfig | RewardModelConfig) -> dict[str, Any
     }
 
 
-def check_same_training(what: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+REMEDY = "Give the settings it began with, start anew (--restart, or resume=False), or give another output folder."
+
+
+def check_same_training(
+    what: Path, stored: Mapping[str, Any], current: Mapping[str, Any], remedy: str = REMEDY
+) -> None:
     """Refuse what another training made, naming each setting that differs where both sides say what theirs are.
 
     Args:
         what: the folder in question.
         stored, current: `training_identity` of what is there and of what is asked for.
+        remedy: what the user may do.
 
     Raises:
         FingerprintMismatch: they are not the same.
@@ -63,7 +69,6 @@ def check_same_training(what: Path, stored: Mapping[str, Any], current: Mapping[
             del side["settings"]
             side.update(names["training"])
     sides = [{name: str(value) for name, value in side.items()} for side in (was, now)]
-    remedy = "Give the settings it began with, start anew (--restart, or resume=False), or give another output folder."
     raise FingerprintMismatch(str(what), sides[0], sides[1], remedy)
 
 
