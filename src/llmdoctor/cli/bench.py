@@ -318,8 +318,9 @@ def ablation(
 ) -> None:
     """The doctor without one of its halves (rounds, pairs), and each half without one of its own parts.
 
-    What the part was taken from (of) is set against the variant at the KL that the variant spends. On sentiment, unless
-    --task or --pairs-from says otherwise.
+    What the part was taken from (of) is set against the variant at the KL that the variant spends.
+
+    On sentiment, unless --task or --pairs-from says otherwise.
 
     Example: llmdoctor bench ablation --quick
     """
