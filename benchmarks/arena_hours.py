@@ -2,11 +2,12 @@
 
     python -m benchmarks.arena_hours [--folder benchmarks/results] [--output benchmarks/results/hours.json]
 
-Decoding: for every setting that a full `llmdoctor bench table`, `pareto` and `ablation` with their defaults decode, the
-seconds of its quickest cell (one seed of one task) in `raw/`, times its cells. The quickest, because cells that are
-there were decoded by different versions, on different processors, and beside other work. Training: for every kind of
-model the mean of what is written beside those in `models/`, times seeds and tasks; kinds of which nothing is known
-are named. What only reads (dynamics, human labels, the tables themselves) is not counted.
+Decoding: the seconds of the quickest cell (one seed of one task) in `raw/`, times the cells that `llmdoctor bench`'s
+`table`, `pareto` and `ablation` decode by their defaults; of the table for each setting by itself, of the others for each
+method or variant. The quickest, because cells that are there were decoded by different versions, on different processors, and
+beside other work. Training: for every kind of model the mean of what is written beside those in `models/`, which is in
+no clone, times seeds and tasks; kinds of which nothing is known are named. What only reads (dynamics, human labels, the
+tables themselves) is not counted.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS
 OPTIONS = BenchOptions()
 KINDS = ("tfpo", "no_rounds", "dpo", "genarm", "reward_model")
 """Trained for every seed of every task; the merged doctor is of the first two."""
-LEAST = 30.0
-"""Seconds of a training at least: what is less was found finished."""
 
 
 def quickest(files: Sequence[Path]) -> float:
@@ -78,7 +77,7 @@ def trained(models: Path) -> Iterator[tuple[str, int, float | None]]:
     counts = {**dict.fromkeys(KINDS, len(CONTROLLED_TASKS) * OPTIONS.seeds), **dict.fromkeys(parts, OPTIONS.seeds)}
     for kind, count in counts.items():
         known = [json.loads(path.read_text(encoding="utf-8")) for path in models.glob(f"*/seed*/{kind}.json")]
-        seconds = [each["seconds"] * each["threads"] for each in known if each["seconds"] > LEAST]
+        seconds = [each["seconds"] * each["threads"] for each in known]
         yield kind, count, _times(sum(seconds) / len(seconds) if seconds else None, count)
 
 

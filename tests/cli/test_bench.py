@@ -222,6 +222,12 @@ def test_a_half_given_task(
     assert f"a task of your own needs --pairs-from, --faces, --judge; missing: {missing}" in line
 
 
+def test_some_methods_or_all_of_them(cli: Cli, size: tuple[object, ...], tmp_path: Path) -> None:
+    for name in ("table", "frontier"):
+        line = refused(cli, name, "-o", tmp_path / "out", "--method", "greedy", "--all", *size)
+        assert "--method names some methods, --all takes all of them; give one of the two" in line
+
+
 def test_controlled_tasks_beside_a_task_of_ones_own(
     cli: Cli, size: tuple[object, ...], own: Path, tmp_path: Path
 ) -> None:

@@ -95,13 +95,13 @@ def implicit_rewards(
     for places in _by_length(rows, batch_size):
         batch = [rows[index] for index in places]
         scores = _scores(scorer, batch)
-        if reference:
-            if of_reference is None:
-                assert references is not None
-                known = [references[index] for index in places]
-            else:
-                with doctor.as_reference():
-                    known = _scores(of_reference, batch)
+        known: Sequence[Scores] | None = None
+        if of_reference is not None:
+            with doctor.as_reference():
+                known = _scores(of_reference, batch)
+        elif reference and references is not None:
+            known = [references[index] for index in places]
+        if known is not None:
             scores = [(a - ref_a, b - ref_b) for (a, b), (ref_a, ref_b) in zip(scores, known, strict=True)]
         found |= {index: ImplicitReward(*both) for index, both in zip(places, scores, strict=True)}
         if progress:

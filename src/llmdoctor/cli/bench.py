@@ -172,9 +172,11 @@ def _tasks(
     return [Task(*fields) for fields in zip(names, pairs, faces, judges, strict=True)]
 
 
-def _known_methods(names: list[str]) -> list[str]:
+def _known_methods(names: list[str], everything: bool) -> list[str]:
     from llmdoctor.bench.methods import CONTENDERS
 
+    if names and everything:
+        raise UserError("--method names some methods, --all takes all of them; give one of the two")
     unknown = sorted(set(names) - set(CONTENDERS))
     if unknown:
         raise UserError(f"no method is named {', '.join(unknown)}; there is {', '.join(CONTENDERS)}")
@@ -205,7 +207,7 @@ def table(
     """
     from llmdoctor.bench.table import make_table
 
-    names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
+    names, tasks = _known_methods(method, all), _tasks(task, pairs_from, faces, judge)
     with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
         rows = make_table(arena, names, all)
     shown = Table(box=None, pad_edge=False)
@@ -250,7 +252,7 @@ def frontier(
     from llmdoctor.bench.table import make_frontier
     from llmdoctor.evaluation.embedders import get_embedder
 
-    names, tasks = _known_methods(method), _tasks(task, pairs_from, faces, judge)
+    names, tasks = _known_methods(method, all), _tasks(task, pairs_from, faces, judge)
     embed = get_embedder(embedder) if embedder else None
     with _arena(run, output, quick, size, tasks, chat, yes, shard, so_far) as arena:
         rows = make_frontier(arena, names, all, embed)
