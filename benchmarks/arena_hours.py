@@ -3,11 +3,11 @@
     python -m benchmarks.arena_hours [--folder benchmarks/results] [--output benchmarks/results/hours.json]
 
 Decoding: the seconds of the quickest cell (one seed of one task) in `raw/`, times the cells that `llmdoctor bench`'s
-`table`, `pareto` and `ablation` decode by their defaults; of the table for each setting by itself, of the others for each
-method or variant. The quickest, because cells that are there were decoded by different versions, on different processors, and
-beside other work. Training: for every kind of model the mean of what is written beside those in `models/`, which is in
-no clone, times seeds and tasks; kinds of which nothing is known are named. What only reads (dynamics, human labels, the
-tables themselves) is not counted.
+`table`, `pareto` and `ablation` decode by their defaults; of the table for each setting by itself, of the others for
+each method or variant. The quickest, because cells that are there were decoded by different versions, on different
+processors, and beside other work. Training: for every kind of model the mean of what is written beside those in
+`models/`, which is in no clone, times seeds and tasks; kinds of which nothing is known are named. What only reads
+(dynamics, human labels, the tables themselves) is not counted.
 """
 
 from __future__ import annotations
