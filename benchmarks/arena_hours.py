@@ -20,13 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.record import record
-from llmdoctor.bench.ablation import BETAS, OF_PAIRS, OF_ROUNDS, VARIANTS, taken_from
+from llmdoctor.bench.ablation import ANSWERS_OF, BETAS, OF_PAIRS, OF_ROUNDS, VARIANTS, taken_from
+from llmdoctor.bench.kit import LABELS, PAIRS
 from llmdoctor.bench.methods import BEST_OF_N, CONTENDERS, PATIENT, SAMPLES, Contender
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions
 from llmdoctor.bench.pareto import FIRST_SHARES, STRENGTHS
 
 OPTIONS = BenchOptions()
-KINDS = ("tfpo", "no_rounds", "dpo", "genarm", "reward_model")
+KINDS = ("tfpo", LABELS, "dpo", "genarm", "reward_model")
 """Trained for every seed of every task; the merged doctor is of the first two."""
 
 
@@ -61,10 +62,11 @@ def decoded(raw: Path) -> Iterator[tuple[str, str, int, float | None]]:
         yield "pareto", method, settings * OPTIONS.seeds, _times(each, settings * OPTIONS.seeds)
     task = CONTROLLED_TASKS[0].name
     for variant in VARIANTS:
-        if taken_from(variant, OPTIONS) in ("", OF_ROUNDS):
+        # What is trained in rounds takes part by name only; two variants are the doctor of the labels.
+        if taken_from(variant, OPTIONS) in ("", OF_ROUNDS) or variant == LABELS:
             continue
         # The doctor of the pairs at all settings: others are set against it at their own KL.
-        name = {OF_ROUNDS: "llmdoctor_rounds", OF_PAIRS: "llmdoctor_pairs"}.get(variant, variant)
+        name = ANSWERS_OF.get(variant, variant)
         settings = len(CONTENDERS[name].settings) if variant == OF_PAIRS else len(BETAS)
         files = list((raw / task / name).glob("*.gz"))
         each = quickest(files) if files else None
@@ -73,7 +75,7 @@ def decoded(raw: Path) -> Iterator[tuple[str, str, int, float | None]]:
 
 def trained(models: Path) -> Iterator[tuple[str, int, float | None]]:
     """Of each kind of model: its name, how many are trained, and the seconds of all of them if they are known."""
-    parts = [name for name in VARIANTS if taken_from(name, OPTIONS) == OF_PAIRS]
+    parts = [PAIRS, *(name for name in VARIANTS if taken_from(name, OPTIONS) == OF_PAIRS and name != LABELS)]
     counts = {**dict.fromkeys(KINDS, len(CONTROLLED_TASKS) * OPTIONS.seeds), **dict.fromkeys(parts, OPTIONS.seeds)}
     for kind, count in counts.items():
         known = [json.loads(path.read_text(encoding="utf-8")) for path in models.glob(f"*/seed*/{kind}.json")]

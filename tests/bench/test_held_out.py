@@ -92,7 +92,7 @@ def test_some_variants_stand_beside_the_whole(made: tuple[Arena, Told]) -> None:
     assert [row["variant"] for row in rows] == ["whole", "whole", "no_rounds", "no_rounds"]
     in_rounds = make_ablation(made[0], ["no_flow"])
     assert [(row["variant"], row["of"]) for row in in_rounds[2:]] == [("no_flow", "no_pairs")] * 2
-    with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is whole, no_pairs, no_s"):
+    with pytest.raises(UserError, match="no variant of the doctor is named no_flows; there is whole, balanced, no_p"):
         make_ablation(made[0], ["no_flows"])
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.bench.tools import Told, options_of, tasks_of
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import ABLATIONS, MERGED, Kit
+from llmdoctor.bench.kit import ABLATIONS, LABELS, MERGED, MERGED_SUBTB, PAIRS, Kit
 from llmdoctor.bench.methods import CONTENDERS
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.doctor import DoctorConfig
@@ -247,18 +247,26 @@ def test_the_doctor_is_what_train_doctor_makes(
     own = train_doctor(load_model(str(tiny_folder)), kit.rewards(), config, rounds=rounds, dimension="positive")
     name = "adapter/adapter_model.safetensors"
     models = compared.output / "models/a/seed1"
-    for part, kind in (("rounds", "tfpo"), ("pairs", "no_rounds")):
+    for part, kind in (("rounds", "tfpo"), ("pairs", LABELS)):
         assert (own / "checkpoints" / "parts" / part / name).read_bytes() == (models / kind / name).read_bytes()
     merged, expected = load_file(own / name), load_file(kit.trained(MERGED, 1) / name)
     assert merged.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in merged.items())
 
 
+def test_other_merged_doctors_are_of_other_parts(compared: Arena) -> None:
+    kit = compared.kits["a"]
+    stored = DoctorConfig.load(kit.trained(MERGED_SUBTB, 1)).training["merged"]
+    assert [(part["weight"], part["training"]["objective"]) for part in stored] == [(1.0, "subtb"), (1.0, "subtb")]
+    assert [part["training"]["rounds"] for part in stored] == [compared.options.rounds, 0]
+    assert kit.recipe(MERGED_SUBTB, 1) != kit.recipe(MERGED, 1)
+
+
 def test_without_rounds_there_is_nothing_to_merge(compared: Arena) -> None:
     options = replace(compared.options, rounds=0)
     kit = Kit(compared.tasks[0], options, compared.output / "models-of-pairs", Told())
-    assert kit.trained(MERGED, 0) == kit.trained("no_rounds", 0)
-    assert kit.recipe(MERGED, 0) == kit.recipe("no_rounds", 0)
+    assert kit.trained(MERGED, 0) == kit.trained(PAIRS, 0)
+    assert kit.recipe(MERGED, 0) == kit.recipe(PAIRS, 0)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("dpo", "DPO"), ("reward_model", "A reward model")])

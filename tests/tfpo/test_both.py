@@ -30,7 +30,8 @@ from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import train_doctor
 
-ROUNDS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.5)
+ROUNDS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.25)
+BALANCED = replace(ROUNDS, pairs_objective="subtb")
 OPTIONS = DoctorOptions(lora_rank=2, eval_fraction=0.25)
 
 
@@ -39,8 +40,15 @@ def store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reward
     return acquire(load(tiny_folder), some_pairs(16), tmp_path_factory.mktemp("rewards") / "store", theta=0.1)
 
 
-def train(base: LoadedModel, store: RewardStore, folder: Path, rounds: RoundOptions = ROUNDS, **more: Any) -> Path:
-    settings = config(folder, save_strategy="epoch", learning_rate=1e-2)
+def train(
+    base: LoadedModel,
+    store: RewardStore,
+    folder: Path,
+    rounds: RoundOptions = ROUNDS,
+    objective: str = "subtb",
+    **more: Any,
+) -> Path:
+    settings = config(folder, save_strategy="epoch", learning_rate=1e-2, objective=objective)
     return train_doctor(base, store, settings, options=OPTIONS, rounds=rounds, **more)
 
 
@@ -53,22 +61,27 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return {name: scale * stored[f"{name}lora_B.weight"] @ stored[f"{name}lora_A.weight"] for name in names}
 
 
-def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("both", [ROUNDS, BALANCED], ids=["of labels", "of token rewards"])
+def test_it_is_the_two_trained_apart_and_merged(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, both: RoundOptions
+) -> None:
     heard: list[tuple[str, int]] = []
     base, patient = load(tiny_folder), load(tiny_folder)
     before = tensors(base.model)
-    folder = train(base, store, tmp_path / "both", patient=patient, told=lambda *told: heard.append(told))
+    folder = train(base, store, tmp_path / "both", both, patient=patient, told=lambda *told: heard.append(told))
     assert RoundOptions().merges, "by default"
+    assert (RoundOptions().pairs_weight, RoundOptions().pairs_objective) == (0.5, "none")
     after = tensors(base.model)
     assert base.model.config._attn_implementation == patient.model.config._attn_implementation
     assert before.keys() == after.keys(), "no adapter is left on the base"
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     apart = [
-        train(load(tiny_folder), store, tmp_path / "rounds", replace(ROUNDS, pairs_weight=0.0), patient=patient),
-        train(load(tiny_folder), store, tmp_path / "pairs", replace(ROUNDS, rounds=0)),
+        train(load(tiny_folder), store, tmp_path / "rounds", replace(both, pairs_weight=0.0), patient=patient),
+        train(load(tiny_folder), store, tmp_path / "pairs", replace(both, rounds=0), both.pairs_objective),
     ]
-    expected = adapter(merge_doctors(apart, [1.0, 0.5], tmp_path / "merged"))
+    # The mean of both.
+    expected = adapter(merge_doctors(apart, [0.75, 0.25], tmp_path / "merged"))
     found = adapter(folder)
     assert found.keys() == expected.keys()
     for name, matrix in expected.items():
@@ -82,8 +95,10 @@ def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: Reward
     stored = DoctorConfig.load(folder)
     assert stored.dimension == "kind"
     assert stored.rewards_fingerprint == store.fingerprint
-    assert [part["weight"] for part in stored.training["merged"]] == [1.0, 0.5]
+    assert [part["weight"] for part in stored.training["merged"]] == [0.75, 0.25]
     assert [part["training"]["rounds"] for part in stored.training["merged"]] == [2, 0]
+    objectives = [part["training"]["objective"] for part in stored.training["merged"]]
+    assert objectives == ["subtb", both.pairs_objective]
     assert set(stored.metrics) == {
         "preference_accuracy", "margin", "chosen_reward", "rejected_reward", "train_pairs", "held_out_pairs",
     }  # fmt: skip
@@ -110,9 +125,27 @@ def test_it_is_the_two_trained_apart_and_merged(tiny_folder: Path, store: Reward
     assert sum(units for what, units in heard if not what) == 12 + 4 + 2 * 16 + 16 + 4
 
     written = {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}
-    assert train(load(tiny_folder), store, folder, patient=patient) == folder
+    assert train(load(tiny_folder), store, folder, both, patient=patient) == folder
     assert written == {path: path.read_bytes() for path in folder.glob("**/*.safetensors")}, "a finished run stays"
     assert DoctorConfig.load(folder) == stored
+
+
+def test_the_second_doctor_learns_what_is_asked(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """From labels alone, token rewards change nothing; to a balance they do."""
+    patient = load(tiny_folder)
+    denser = acquire(patient, some_pairs(16), tmp_path / "denser", theta=0.0)
+    found = {}
+    for name, rounds in (("labels", ROUNDS), ("rewards", BALANCED)):
+        for theta, rewards in (("sparse", store), ("dense", denser)):
+            folder = train(load(tiny_folder), rewards, tmp_path / f"{name}-{theta}", rounds, patient=patient)
+            found[name, theta] = adapter(folder / "checkpoints" / "parts" / "pairs")
+    assert all(
+        torch.equal(matrix, found["labels", "dense"][name]) for name, matrix in found["labels", "sparse"].items()
+    )
+    assert any(
+        not torch.allclose(matrix, found["rewards", "dense"][name], atol=1e-6)
+        for name, matrix in found["rewards", "sparse"].items()
+    )
 
 
 def test_it_guides(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
@@ -130,11 +163,17 @@ def test_other_weights_are_another_training(tiny_folder: Path, store: RewardStor
     patient = load(tiny_folder)
     folder = train(load(tiny_folder), store, tmp_path / "both", patient=patient)
     whole = adapter(folder)
-    for other in (replace(ROUNDS, pairs_weight=1.0), replace(ROUNDS, pairs_weight=0.0), replace(ROUNDS, rounds=0)):
-        with pytest.raises(FingerprintMismatch, match=r"pairs_weight: stored 0\.5, now |\(rounds: stored \d, now 0"):
+    said = {
+        replace(ROUNDS, pairs_weight=0.75): r"pairs_weight: stored 0\.25, now 0\.75",
+        replace(ROUNDS, pairs_weight=0.0): r"pairs_weight: stored 0\.25, now |\(rounds: stored \d, now 0",
+        replace(ROUNDS, rounds=0): r"pairs_weight: stored 0\.25, now |\(rounds: stored \d, now 0",
+        BALANCED: "pairs_objective: stored none, now subtb",
+    }
+    for other, message in said.items():
+        with pytest.raises(FingerprintMismatch, match=message):
             train(load(tiny_folder), store, folder, other, patient=patient)
     assert all(torch.equal(matrix, whole[name]) for name, matrix in adapter(folder).items()), "nothing was touched"
-    anew = train(load(tiny_folder), store, folder, replace(ROUNDS, pairs_weight=1.0), patient=patient, resume=False)
+    anew = train(load(tiny_folder), store, folder, replace(ROUNDS, pairs_weight=0.75), patient=patient, resume=False)
     assert any(not torch.allclose(matrix, whole[name], atol=1e-6) for name, matrix in adapter(anew).items())
 
 
@@ -269,7 +308,7 @@ settings = config(Path(folder), save_strategy="epoch", learning_rate=1e-2, per_d
 base, patient = (load_model(model, dtype="float32", device="cpu") for _ in range(2))
 train_doctor(
     base, RewardStore.open(rewards), settings, options=DoctorOptions(lora_rank=2, eval_fraction=0.25), patient=patient,
-    rounds=RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.5),
+    rounds=RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.25),
 )
 """
 

@@ -353,14 +353,25 @@ def test_a_judge_of_another_tokenizer_loses_nothing(tiny_folder: Path, tmp_path:
         ({"leaf_beta": 0.2}, "give a round_leaf_coef with it, or rounds 0"),
         ({"value_coef": 0.0}, "value_coef 0.0 .* leave it out, or give rounds 0"),
         ({"value_margin": 0.2}, "leave it out, or give rounds 0"),
+        (
+            {"eta": 0.3, "merged": True},
+            "eta 0.3 is a setting of the balance on pairs, of which the second doctor learns the labels alone: give "
+            "round_eta, pairs_objective subtb, or rounds 0",
+        ),
+        (
+            {"leaf_coef": 0.0, "value_coef": 0.0, "merged": True},
+            "leaves the second doctor nothing to learn: give pairs_weight 0, or pairs_objective 'subtb'",
+        ),
     ],
 )
 def test_a_setting_that_rounds_do_not_go_by_is_refused(
     tiny_folder: Path, tmp_path: Path, store: RewardStore, settings: dict[str, float], message: str
 ) -> None:
+    settings = dict(settings)
+    rounds = replace(OPTIONS, pairs_weight=0.5) if settings.pop("merged", False) else OPTIONS
     arguments = config(tmp_path / "d", **settings)
     with pytest.raises(UserError, match=message):
-        train_doctor(load(tiny_folder), store, arguments, rounds=OPTIONS, patient=load(tiny_folder))
+        train_doctor(load(tiny_folder), store, arguments, rounds=rounds, patient=load(tiny_folder))
     assert not (tmp_path / "d").exists()
 
 
@@ -369,7 +380,9 @@ def test_a_setting_that_rounds_do_not_go_by_is_refused(
     [
         ({"eta": 0.3}, replace(OPTIONS, rounds=0)),
         ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_first=True)),
-        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),
+        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_weight=0.5, pairs_objective="subtb")),
+        ({"eta": 0.3, "branch_coef": 1.0}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),
+        ({"leaf_beta": 0.2}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),
         ({"leaf_beta": 0.2}, replace(OPTIONS, rounds=1, round_leaf_coef=1.0)),
     ],
 )
@@ -387,6 +400,8 @@ def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
     for name, value in (
         ("rounds", -1),
         ("pairs_weight", -0.5),
+        ("pairs_weight", 1.0),
+        ("pairs_objective", "dpo"),
         ("round_prompts", 0),
         ("round_eta", 0.0),
         ("round_branch_coef", -1.0),

@@ -6,8 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import ABLATIONS, MERGED
-from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS, Contender, guided
+from llmdoctor.bench.kit import ABLATIONS, LABELS, MERGED, MERGED_SUBTB
+from llmdoctor.bench.methods import (
+    CONTENDERS,
+    DOCTOR,
+    DOCTOR_BALANCED,
+    DOCTOR_OF_LABELS,
+    DOCTOR_OF_PAIRS,
+    DOCTOR_OF_ROUNDS,
+    Contender,
+    guided,
+)
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.points import Point
 from llmdoctor.bench.table import Chosen, at_kl, percent_by_seed
@@ -15,18 +24,24 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation.arena import matchup_from_outcomes
 
 BETAS = (1.0, 2.0)
-WHOLE, OF_ROUNDS, OF_PAIRS = "whole", "no_pairs", "no_rounds"
+WHOLE, BALANCED, OF_ROUNDS, OF_LABELS, OF_PAIRS = "whole", "balanced", "no_pairs", "labels", "no_rounds"
 
 VARIANTS: Mapping[str, str] = {
     WHOLE: MERGED,
+    BALANCED: MERGED_SUBTB,
     OF_ROUNDS: "tfpo",
+    OF_LABELS: LABELS,
     **{kind: kind for kind in ABLATIONS if kind != "tfpo"},
 }
-"""By the name in rows, what `Kit.trained` calls it: the doctor as it is, its two halves (`no_pairs` is trained in
-rounds, `no_rounds` on the pairs), and each half with one of its own parts taken away."""
+"""By the name in rows, what `Kit.trained` calls it: the doctor as it is; with a second doctor that learns token rewards
+as well; its two halves (`no_pairs` is trained in rounds, `labels` on the pairs' labels); what is trained without rounds
+(`no_rounds`); and the doctors of rounds and of pairs, each with one of its own parts taken away."""
 
-# Their answers are the main comparison's.
-_THERE = {WHOLE: DOCTOR, OF_ROUNDS: DOCTOR_OF_ROUNDS, OF_PAIRS: DOCTOR_OF_PAIRS}
+ANSWERS_OF = {
+    WHOLE: DOCTOR, BALANCED: DOCTOR_BALANCED, OF_ROUNDS: DOCTOR_OF_ROUNDS, OF_LABELS: DOCTOR_OF_LABELS,
+    LABELS: DOCTOR_OF_LABELS, OF_PAIRS: DOCTOR_OF_PAIRS,
+}  # fmt: skip
+"""The variants whose answers are a contender's of the main comparison."""
 
 
 class AblationRow(TypedDict):
@@ -65,7 +80,7 @@ def taken_from(variant: str, options: BenchOptions) -> str:
     """What a part is taken away from to make the variant; "" for the whole doctor."""
     if variant == WHOLE:
         return ""
-    if not options.rounds or variant in (OF_ROUNDS, OF_PAIRS):
+    if not options.rounds or variant in (BALANCED, OF_ROUNDS, OF_LABELS, OF_PAIRS):
         return WHOLE
     return OF_PAIRS if variant.startswith("pairs_") else OF_ROUNDS
 
@@ -75,8 +90,8 @@ def make_ablation(arena: Arena, names: Sequence[str] = ()) -> list[AblationRow]:
 
     Args:
         arena: where.
-        names: those of `variants_of` that stand beside the whole doctor; if none is given, its halves and what is taken
-            from the one of the pairs: what is trained in rounds takes several times as long.
+        names: those of `variants_of` that stand beside the whole doctor; if none is given, all but what is taken from
+            the doctor of the rounds: what is trained in rounds takes several times as long.
 
     Raises:
         UserError: a variant that is not there.
@@ -90,20 +105,20 @@ def make_ablation(arena: Arena, names: Sequence[str] = ()) -> list[AblationRow]:
     chosen = {name for name in known if (name in names if names else origins[name] != OF_ROUNDS)}
     settings = tuple({"beta": beta} for beta in BETAS)
     variants = {
-        name: Contender(_THERE.get(name, name), name, "", settings, guided(VARIANTS[name], "ratio"),
+        name: Contender(ANSWERS_OF.get(name, name), name, "", settings, guided(VARIANTS[name], "ratio"),
                         trained=(VARIANTS[name],))
         for name in known
         if name in chosen | {WHOLE}
     }  # fmt: skip
     # At all their settings, so that they can be had at any KL.
-    wholes = [CONTENDERS[_THERE[name]] for name in known if name in {origins[one] for one in chosen}]
+    wholes = [CONTENDERS[ANSWERS_OF[name]] for name in known if name in {origins[one] for one in chosen}]
     arena.decode([*variants.values(), *wholes])
     rows: list[AblationRow] = []
     for task in arena.tasks:
         arena.announce_scores(task, [*variants.values(), *wholes])
         points = [(name, point) for name, contender in variants.items() for point in arena.points(task, contender)]
         matches = {
-            (name, place): (at_kl(arena, task, Chosen([point]), _THERE[origin]), point)
+            (name, place): (at_kl(arena, task, Chosen([point]), ANSWERS_OF[origin]), point)
             for place, (name, point) in enumerate(points)
             if (origin := origins[name])
         }

@@ -34,6 +34,22 @@ HELD_OUT = 0.1
 ROUND_BATCH = 160
 """Answers of a round drawn together; the one number that the committed answers' recipes name."""
 
+MERGED = "merged"
+"""LLMdoctor as it is, `train_doctor`'s default: the mean of the doctors of the rounds and of the pairs' labels."""
+
+MERGED_SUBTB = "merged_subtb"
+"""The sum of the doctors of the rounds and of the pairs, the latter with its balance of token rewards."""
+
+PAIRS, LABELS = "no_rounds", "pairs_no_subtb"
+"""The doctors of the pairs: of their token rewards and labels, what `train_doctor` makes without rounds; of their
+labels alone."""
+
+_MERGED: Mapping[str, Mapping[str, float]] = {
+    MERGED: {"tfpo": 0.5, LABELS: 0.5},
+    MERGED_SUBTB: {"tfpo": 1.0, PAIRS: 1.0},
+}
+"""What merged doctors are of, and how much of each."""
+
 _PAIRS: Mapping[str, Any] = {"rounds": {"rounds": 0}}
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -42,8 +58,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no_branch": {"rounds": {"round_branch_coef": 0.0}},
     "no_flow": {"config": {"objective": "squared_error"}, "rounds": {"round_branch_coef": 0.0}},
     "online_dpo": {"config": {"objective": "none"}, "rounds": {"round_branch_coef": 0.0, "round_leaf_coef": 30.0}},
-    "no_rounds": _PAIRS,
-    "pairs_no_subtb": {**_PAIRS, "config": {"objective": "none"}},
+    PAIRS: _PAIRS,
+    LABELS: {**_PAIRS, "config": {"objective": "none"}},
     "pairs_no_value": {**_PAIRS, "config": {"value_coef": 0.0}},
     "pairs_no_leaf": {**_PAIRS, "config": {"leaf_coef": 0.0}},
     "pairs_no_flow": {**_PAIRS, "config": {"objective": "squared_error"}},
@@ -54,16 +70,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
         "rewards": {"signed": False},
     },
 }
-"""The doctor's two halves and what can be taken from them: `tfpo` is trained in rounds, `no_rounds` on the pairs and
+"""Doctors by themselves, and what can be taken from them: `tfpo` is trained in rounds, `no_rounds` on the pairs and
 their token rewards. `online_dpo` is DPO in rounds on answers of its own, ranked by the same read-out.
 The last is the paper's objective as it is written."""
 
-
-MERGED = "merged"
-"""The doctors of the rounds and of the pairs as one, what `Kit.trained` calls it."""
-
-_MERGED_FROM = ("tfpo", "no_rounds")
-_MERGED_WEIGHTS = (1.0, 1.0)
 
 READOUT = "readout"
 """What `Kit.recipe` calls the patient's read-out."""
@@ -183,13 +193,13 @@ class Kit:
         return self._once(("rewards", name), acquire)
 
     def trained(self, kind: str, seed: int) -> Path:
-        """The folder of a trained model: an entry of `ABLATIONS`, "merged", "dpo", "genarm" or "reward_model".
+        """The folder of a trained model: an entry of `ABLATIONS`, a merged one, "dpo", "genarm" or "reward_model".
 
         What its training took, where it was not begun before, is written beside it.
         """
 
         # As `train_doctor`: without rounds there is nothing to merge.
-        kind = "no_rounds" if kind == MERGED and not self.options.rounds else kind
+        kind = PAIRS if kind in _MERGED and not self.options.rounds else kind
 
         def train() -> Path:
             folder = self._models_folder / f"seed{seed}" / kind
@@ -268,10 +278,11 @@ class Kit:
             return digest(
                 [settings, asdict(RewardOptions(**changes.get("rewards", {}))), judge if settings["rounds"] else None]
             )
-        if kind == MERGED and not self.options.rounds:
-            return self.recipe("no_rounds", seed)
-        if kind == MERGED:
-            return digest([*(self.recipe(part, seed) for part in _MERGED_FROM), *_MERGED_WEIGHTS])
+        if kind in _MERGED and not self.options.rounds:
+            return self.recipe(PAIRS, seed)
+        if kind in _MERGED:
+            parts = _MERGED[kind]
+            return digest([*(self.recipe(part, seed) for part in parts), *parts.values()])
         if kind == READOUT:
             from llmdoctor.rewards import readout
 
@@ -291,13 +302,11 @@ class Kit:
         name = f"{self.task.name}, seed {seed}: training {kind}"
         if kind in ABLATIONS:
             return self._train_doctor(kind, seed, folder, name)
-        if kind == MERGED:
+        if kind in _MERGED:
             from llmdoctor.models.merging import is_merged_from, merge_doctors
 
-            parts = [self.trained(part, seed) for part in _MERGED_FROM]
-            if is_merged_from(folder, parts, _MERGED_WEIGHTS):
-                return folder
-            return merge_doctors(parts, _MERGED_WEIGHTS, folder)
+            parts, weights = [self.trained(part, seed) for part in _MERGED[kind]], list(_MERGED[kind].values())
+            return folder if is_merged_from(folder, parts, weights) else merge_doctors(parts, weights, folder)
         from llmdoctor.baselines.dpo import train_dpo
         from llmdoctor.baselines.genarm import train_genarm
         from llmdoctor.baselines.reward_training import train_reward_model

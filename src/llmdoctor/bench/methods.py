@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmdoctor.bench.kit import MERGED, READOUT, Kit
+from llmdoctor.bench.kit import LABELS, MERGED, MERGED_SUBTB, PAIRS, READOUT, Kit
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.request import Decoder
@@ -17,6 +17,8 @@ Build = Callable[[Kit, int, Setting], "Built"]
 DOCTOR = "llmdoctor"
 DOCTOR_OF_ROUNDS = "llmdoctor_rounds"
 DOCTOR_OF_PAIRS = "llmdoctor_pairs"
+DOCTOR_OF_LABELS = "llmdoctor_labels"
+DOCTOR_BALANCED = "llmdoctor_subtb"
 PATIENT = "patient"
 BEST_OF_N = "best_of_n"
 SAMPLES = 8
@@ -167,19 +169,24 @@ CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(DOCTOR, "LLMdoctor", "this project; arXiv 2601.10416",
-                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2, 3), guided(MERGED, "ratio"), trained=(MERGED,)),
+                  _grid("beta", 0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3), guided(MERGED, "ratio"),
+                  trained=(MERGED,)),
         Contender(DOCTOR_OF_ROUNDS, "LLMdoctor, trained in rounds", "this project; arXiv 2601.10416",
                   _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3, 4), guided("tfpo", "ratio"), trained=("tfpo",), aside=True),
+        Contender(DOCTOR_OF_LABELS, "LLMdoctor, trained on the pairs' labels", "this project",
+                  _grid("beta", 0.125, 0.25, 0.5, 1, 2), guided(LABELS, "ratio"), trained=(LABELS,), aside=True),
         Contender(DOCTOR_OF_PAIRS, "LLMdoctor, trained on the pairs", "this project; arXiv 2601.10416",
-                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided("no_rounds", "ratio"), trained=("no_rounds",),
-                  aside=True),
+                  _grid("beta", 0.25, 0.5, 1, 1.5, 2, 3), guided(PAIRS, "ratio"), trained=(PAIRS,), aside=True),
+        Contender(DOCTOR_BALANCED, "LLMdoctor, rounds and pairs added up", "this project; arXiv 2601.10416",
+                  _grid("beta", 0.25, 0.5, 0.75, 1, 1.5, 2, 3), guided(MERGED_SUBTB, "ratio"),
+                  trained=(MERGED_SUBTB,), aside=True),
         Contender("llmdoctor_onset", "LLMdoctor, β growing over 4 tokens", "this project",
-                  _grid("beta", 0.5, 1, 2, 3, onset=4.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
-        Contender("llmdoctor_alpha", "LLMdoctor at β = 1, α from ¾ to 1½", "this project",
-                  _grid("alpha", 0.75, 1.25, 1.5, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
+                  _grid("beta", 1, 2, onset=4.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
+        Contender("llmdoctor_alpha", "LLMdoctor at β = 1, α = ¾ and 1¼", "this project",
+                  _grid("alpha", 0.75, 1.25, beta=1.0), guided(MERGED, "ratio"), trained=(MERGED,), aside=True),
         Contender("llmdoctor_product", "LLMdoctor (product)", "arXiv 2601.10416", _grid("beta", 0.5, 1),
                   guided(MERGED, "product"), trained=(MERGED,)),
-        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, 2, n=4.0),
+        Contender("llmdoctor_best", "LLMdoctor, best of 4 by read-out", "this project", _grid("beta", 0.5, 1, n=4.0),
                   _best_guided(MERGED), trained=(MERGED, READOUT), aside=True),
         Contender(PATIENT, "patient, sampled", "", ({},), _patient_alone(samples=SAMPLES), any_task=True),
         Contender("greedy", "greedy", "", ({},), _patient_alone(temperature=0.0), any_task=True),
@@ -208,5 +215,8 @@ CONTENDERS: Mapping[str, Contender] = {
 }  # fmt: skip
 """DPO's log-ratio guide at β = 1 is its policy wherever its base is the patient."""
 
-FORMS = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS, "llmdoctor_onset", "llmdoctor_product", "llmdoctor_best")
+FORMS = (
+    DOCTOR_OF_ROUNDS, DOCTOR_OF_LABELS, DOCTOR_OF_PAIRS, DOCTOR_BALANCED, "llmdoctor_onset", "llmdoctor_product",
+    "llmdoctor_best",
+)  # fmt: skip
 """Other forms of LLMdoctor with β as their knob, so that below their gentlest setting there is the patient itself."""

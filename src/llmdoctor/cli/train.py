@@ -86,7 +86,7 @@ def train(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a doctor (stage 2): in rounds on answers under its own guidance and on the pairs, merged into one.
+    """Train a doctor (stage 2): one in rounds on answers under its own guidance, one on labels, and of both the mean.
 
     A run that was cut goes on from its last checkpoint when the same command is given again.
 

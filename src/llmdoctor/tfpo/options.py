@@ -73,8 +73,8 @@ def training_record(config: TFPOConfig, options: DoctorOptions, rounds: RoundOpt
     """What a doctor's card says of its training: `recorded`, what is trained, and how the rounds go."""
     settings = {**recorded(config), **vars(options), **vars(rounds)}
     if not rounds.merges:
-        # It decides nothing then, and what was made before it was there is still what it was.
-        del settings["pairs_weight"]
+        # They decide nothing then, and what was made before they were there is still what it was.
+        del settings["pairs_weight"], settings["pairs_objective"]
     return settings
 
 

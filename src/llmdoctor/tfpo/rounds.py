@@ -45,7 +45,7 @@ from llmdoctor.models.vocab import Vocabulary
 from llmdoctor.rewards.readout import Readout
 from llmdoctor.rewards.store import SIDES
 from llmdoctor.rewards.transfer import carry_onto
-from llmdoctor.tfpo.config import TFPOConfig
+from llmdoctor.tfpo.config import OBJECTIVES, TFPOConfig
 from llmdoctor.tfpo.trainer import TFPOTrainer, with_reference
 
 
@@ -56,8 +56,10 @@ class RoundOptions:
     Attributes:
         rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
             pairs instead.
-        pairs_weight: beside rounds, weight of a second doctor, which learns from the pairs and is merged with the one
-            of the rounds into one that errs less than either; 0 trains none.
+        pairs_weight: beside rounds, weight in [0, 1) of a second doctor, which learns from the pairs, in the mean of
+            both, which errs less than either; 0 trains none.
+        pairs_objective: the objective of that second doctor, whose own it is: none learns the pairs' labels alone, by
+            the leaf loss; subtb or squared_error their token rewards as well.
         pairs_first: learn from the pairs before the rounds, in one and the same doctor, instead of merging two.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
@@ -70,7 +72,8 @@ class RoundOptions:
     """
 
     rounds: int = 4
-    pairs_weight: float = 1.0
+    pairs_weight: float = 0.5
+    pairs_objective: str = "none"
     pairs_first: bool = False
     round_prompts: int = 300
     round_eta: float = 0.6
@@ -85,9 +88,15 @@ class RoundOptions:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.round_eta < math.inf:
             raise UserError(f"round_eta must be positive and finite, got {self.round_eta}")
-        for name in ("pairs_weight", "round_branch_coef", "round_leaf_coef"):
+        if not 0 <= self.pairs_weight < 1:
+            raise UserError(
+                f"pairs_weight must lie in [0, 1), got {self.pairs_weight}; rounds 0 learns from pairs only"
+            )
+        for name in ("round_branch_coef", "round_leaf_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.pairs_objective not in OBJECTIVES:
+            raise UserError(f"pairs_objective must be one of {', '.join(OBJECTIVES)}, got {self.pairs_objective!r}")
 
     @property
     def merges(self) -> bool:

@@ -41,7 +41,7 @@ def train_doctor(
 ) -> Path:
     """Train a doctor on `base` and write it to `config.output_dir`.
 
-    By default two are trained, one in rounds on its own answers and one on the pairs, and merged into one
+    By default two are trained, one in rounds on its own answers and one on the pairs' labels, and it is their mean
     (`RoundOptions.pairs_weight`); each stands whole in `output_dir/checkpoints/parts`.
 
     Checkpoints go to `output_dir/checkpoints`; a run that was cut goes on from the last whole one and ends with the
@@ -106,27 +106,39 @@ def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool
     )  # fmt: skip
     with first_process(lesson.config) as first:
         claim_checkpoints(checkpoints, whole, resume or not first)
+    of_pairs = copy.copy(lesson.config)
+    of_pairs.objective = rounds.pairs_objective
     # The rounds first: what they need and lack is told before anything was trained.
-    parts = {
-        checkpoints / "parts" / "rounds": (replace(rounds, pairs_weight=0.0), 1.0),
-        checkpoints / "parts" / "pairs": (replace(rounds, rounds=0), rounds.pairs_weight),
-    }
-    for folder, (part, _) in parts.items():
-        if not lesson.taught(part, folder):
-            lesson.teach(part, folder)
-    folders, weights = list(parts), [weight for _, weight in parts.values()]
+    folders = [checkpoints / "parts" / name for name in ("rounds", "pairs")]
+    parts = (lesson, replace(rounds, pairs_weight=0.0)), (replace(lesson, config=of_pairs), replace(rounds, rounds=0))
+    for folder, (its_lesson, its_rounds) in zip(folders, parts, strict=True):
+        if not its_lesson.taught(its_rounds, folder):
+            its_lesson.teach(its_rounds, folder)
     merged = checkpoints / "parts" / "merged"
     with first_process(lesson.config) as first:
         if first:
-            merge_doctors(folders, weights, merged, dimension=lesson.dimension)
+            merge_doctors(folders, (1 - rounds.pairs_weight, rounds.pairs_weight), merged, dimension=lesson.dimension)
     lesson.finish(Doctor.from_pretrained(merged, base=lesson.base), output, folders[0] / READOUT_FOLDER)
 
 
 def _check_heard(config: TFPOConfig, rounds: RoundOptions) -> None:
     """UserError for a setting that was changed and that nothing in this training would go by."""
-    if not rounds.rounds or rounds.pairs_first or rounds.merges:
+    if not rounds.rounds or rounds.pairs_first:
         return
     defaults = {field.name: field.default for field in fields(TFPOConfig)}
+    if rounds.merges:
+        if rounds.pairs_objective == "none" and not config.branch_coef:
+            if config.leaf_coef == config.value_coef == 0:
+                raise UserError(
+                    "pairs_objective 'none' with value_coef, leaf_coef and branch_coef 0 leaves the second doctor "
+                    "nothing to learn: give pairs_weight 0, or pairs_objective 'subtb'"
+                )
+            if config.eta != defaults["eta"]:
+                raise UserError(
+                    f"eta {config.eta} is a setting of the balance on pairs, of which the second doctor learns the "
+                    "labels alone: give round_eta, pairs_objective subtb, or rounds 0"
+                )
+        return
     for name, instead in _OF_PAIRS.items():
         if getattr(config, name) == defaults[name] or (name == "leaf_beta" and rounds.round_leaf_coef):
             continue

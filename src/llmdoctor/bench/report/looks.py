@@ -83,6 +83,8 @@ _DRAWN: Mapping[str, Look] = {
     DOCTOR: Look("LLMdoctor", "", "", "teal", "circle", strong=True),
     "llmdoctor_rounds": Look("LLMdoctor, rounds", "", "", "teal", "star", hollow=True, dash="dashed"),
     "llmdoctor_pairs": Look("LLMdoctor, pairs", "", "", "teal", "up", hollow=True, dash="dotted"),
+    "llmdoctor_labels": Look("LLMdoctor, labels", "", "", "teal", "down", hollow=True, dash="dotted"),
+    "llmdoctor_subtb": Look("LLMdoctor, rounds and pairs", "", "", "teal", "plus", hollow=True, dash="dashed"),
     "llmdoctor_onset": Look("LLMdoctor, growing β", "", "", "teal", "diamond", hollow=True, dash="dashed"),
     "llmdoctor_alpha": Look("LLMdoctor, other α", "", "", "teal", "square", hollow=True, dash="dashed"),
     "llmdoctor_product": Look("LLMdoctor, product", "", "", "teal", "circle", hollow=True, dash="dashed"),
@@ -107,6 +109,10 @@ _DRAWN: Mapping[str, Look] = {
     "reward_soup": Look("Reward Soup", "Reward Soup of DPO policies", "2306.04488", "gold", "diamond", dash="dashed"),
     "mod": Look("MOD", "MOD of DPO policies", "2406.18853", "rose", "up", hollow=True, dash="dotted"),
     "whole": Look("whole", "LLMdoctor as it is", "", "teal", "circle", strong=True),
+    "balanced": Look(
+        "rounds and pairs", "rounds and pairs with their token rewards, added up", "", "teal", "plus", dash="dashed"
+    ),
+    "labels": Look("labels", "trained on the pairs' labels alone", "", "olive", "down", strong=True),
     "no_pairs": Look("rounds", "trained in rounds, not on the pairs", "", "brown", "up", strong=True),
     "no_subtb": Look("no flow balance", "without sub-trajectory balance", "", "vermillion", "square"),
     "no_branch": Look("no branch balance", "without balance between two answers", "", "blue", "up"),
