@@ -24,10 +24,10 @@ FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 """Weight of the first task; the second has the rest. Quarters alone are steps so coarse that where they happen to fall
 decides which hypervolume is the larger."""
 
-STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (0.75, 1.5), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0)}
+STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (0.6, 1.25), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0)}
 """What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose, at a half it
-goes half the way. LLMdoctor's are twice as high because a β of 2 spends what DPO's 1 does, over both tasks: 44 and 32
-nats on sentiment, 31 and 44 on readability (`benchmarks/results/frontier.json`)."""
+goes half the way. LLMdoctor's were chosen to spend no more nats than soups do, on average over the shares
+(`benchmarks/results/pareto.json`)."""
 
 
 class ParetoPoint(TypedDict):
