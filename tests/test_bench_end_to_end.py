@@ -23,7 +23,7 @@ pytestmark = pytest.mark.model
 
 PROMPTS, TOKENS = 4, 12
 OPTIONS = BenchOptions(
-    prompt_count=PROMPTS, pairs=16, seeds=1, max_new_tokens=TOKENS, epochs=1, rounds=1, rollout_tokens=2,
+    prompt_count=PROMPTS, pairs=16, seeds=1, max_new_tokens=TOKENS, epochs=3, rounds=1, rollout_tokens=2,
     transfer_q_prompts=2, batch_size=32,
 )  # fmt: skip
 LOUDEST = {name: contender.settings[-1] for name, contender in CONTENDERS.items()}
@@ -89,7 +89,7 @@ def test_greedy_is_the_likeliest_and_the_patient_is_not(arena: Arena) -> None:
 
 
 def test_guides_move_the_patient(arena: Arena) -> None:
-    """One epoch of 16 pairs is little, yet at its largest β every guide has changed some answer."""
+    """Three epochs of 16 pairs are little, yet at its largest β every guide has changed some answer."""
     own = point(arena, PATIENT).answers
     for name in (
         DOCTOR,
