@@ -58,8 +58,8 @@ class RoundOptions:
             pairs instead.
         pairs_weight: beside rounds, weight in [0, 1) of a second doctor, which learns from the pairs, in the mean of
             both, which errs less than either; 0 trains none.
-        pairs_objective: the objective of that second doctor, whose own it is: none learns the pairs' labels alone, by
-            the leaf loss; subtb or squared_error their token rewards as well.
+        pairs_objective: what that second doctor learns, whatever the objective of the rounds: none the pairs' labels
+            alone, by the leaf loss; subtb or squared_error their token rewards as well.
         pairs_first: learn from the pairs before the rounds, in one and the same doctor, instead of merging two.
         round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
