@@ -4,19 +4,23 @@
                                     [--doctor FOLDER] [--output benchmarks/results/arithmetic.json]
 
 GenARM (Xu et al. 2024) decodes with `model_arithmetic` (Dekoninck et al. 2024). Both decoders draw from
-patient · doctor, two models of one tokenizer, each with its own pass and cache, at temperature 1: the same prompts, the
-same number of new tokens, no stop token, one dtype, after a warm-up of each, in interleaved rounds. Theirs runs in a
-process of its own (`arithmetic_worker.py`), which does nothing while ours runs, and the other way round.
+patient · doctor, two models of one tokenizer, at temperature 1: the same prompts, the same number of new tokens, no
+stop token, one dtype, after a warm-up of each, in interleaved rounds. Theirs runs in a process of its own
+(`arithmetic_worker.py`), which does nothing while ours runs, and the other way round.
 
-- guided: our engine, the doctor as a model apart from the patient, in the product form; nothing is guessed ahead;
+- guided: our engine in the product form, the doctor as it is trained, an adapter on the patient, in the patient's own
+  pass; nothing is guessed ahead;
+- guided_apart: our engine, the doctor merged into a model apart from the patient, with its own pass and cache, as
+  theirs runs it;
 - arithmetic: `ModelArithmetic(patient + doctor).generate_text(…, temperature=0.5)`, as GenARM calls it (the formula's
   weights are divided by their sum, which half the temperature undoes), without the statistics that it keeps by default;
 - arithmetic_eager: the same with `run_eager=True`, which hands a model's cache back to it as it came.
 
-`guided_vs_arithmetic` compares with the faster of the two at that batch size; `processor_ratio` is the same in
-processor time, which says more where other work shares the cores (on a CPU, with one thread). Before anything is timed
-both decoders are asked what they draw tokens from, theirs along the tokens that it draws, ours along the same ones:
-`difference` is the total variation distance, at its largest and on average, in float32 and in the dtype that is timed.
+`guided_vs_arithmetic` and `guided_apart_vs_arithmetic` compare with the faster of the two at that batch size;
+`processor_ratio` is the former in processor time, which says more where other work shares the cores (on a CPU, with one
+thread). Before anything is timed both decoders are asked what they draw tokens from, theirs along the tokens that it
+draws, both of ours along the same ones: `difference` is the total variation distance, at its largest and on average, in
+float32 and in the dtype that is timed.
 
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights.
 
@@ -46,7 +50,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,15 +64,17 @@ from torch import Tensor  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import llmdoctor.decoding.engine as engine_module  # noqa: E402
-from benchmarks.decoding import BETA, conversations, engine, make_doctor, merged  # noqa: E402
+from benchmarks.decoding import BETA, conversations, engine, make_doctor  # noqa: E402
 from benchmarks.record import record  # noqa: E402
+from llmdoctor.decoding.adapter import Adapter  # noqa: E402
 from llmdoctor.decoding.engine import GuidedDecoder  # noqa: E402
 from llmdoctor.decoding.guides import Guide  # noqa: E402
 from llmdoctor.decoding.request import Request, SamplingParams  # noqa: E402
-from llmdoctor.models.doctor import DoctorConfig  # noqa: E402
+from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig  # noqa: E402
 from llmdoctor.models.loading import LoadedModel, load_model  # noqa: E402
 
 WORKER = Path(__file__).with_name("arithmetic_worker.py")
+OURS = ("guided", "guided_apart")
 THEIRS = ("arithmetic", "arithmetic_eager")
 
 
@@ -126,10 +132,10 @@ def texts(patient: LoadedModel, rows: int) -> list[str]:
     return [text.removeprefix(first) for text in made]
 
 
-def drawn_from(patient: LoadedModel, doctor: LoadedModel, tokens: Tensor) -> tuple[Tensor, list[list[int]]]:
+def drawn_from(patient: LoadedModel, doctor: Guide, tokens: Tensor) -> tuple[Tensor, list[list[int]]]:
     """What our engine would draw `tokens` [T, B] from, [T, B, V], and the prompts' ids."""
     length, rows = tokens.shape
-    decoder = GuidedDecoder(patient, [Guide("doctor", doctor)], max_batch_size=rows)
+    decoder = GuidedDecoder(patient, [doctor], max_batch_size=rows)
     decoder.encoder.stop_ids = frozenset()
     # A row's key is decided by its seed and place.
     keys: dict[int, tuple[int, int]] = {}
@@ -151,7 +157,7 @@ def drawn_from(patient: LoadedModel, doctor: LoadedModel, tokens: Tensor) -> tup
     sample, engine_module.sample = engine_module.sample, forced
     try:
         decoder.generate([
-            Request(messages, betas={"doctor": BETA}, sampling=SamplingParams(max_new_tokens=length, seed=seed))
+            Request(messages, betas={doctor.name: BETA}, sampling=SamplingParams(max_new_tokens=length, seed=seed))
             for seed, messages in enumerate(conversations(rows))
         ])  # fmt: skip
     finally:
@@ -161,24 +167,25 @@ def drawn_from(patient: LoadedModel, doctor: LoadedModel, tokens: Tensor) -> tup
 
 
 def differences(
-    other: Other, patient: LoadedModel, doctor: LoadedModel, rows: int, tokens: int, folder: Path
-) -> dict[str, dict[str, float]]:
-    """Total variation distance between what both decoders draw from, for each of their ways."""
-    found: dict[str, dict[str, float]] = {}
+    other: Other, patient: LoadedModel, doctors: Mapping[str, Guide], rows: int, tokens: int, folder: Path
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Total variation distance between what both decoders draw from, for each of our ways and of theirs."""
+    found: dict[str, dict[str, dict[str, float]]] = {ours: {} for ours in doctors}
     for way in THEIRS:
         file = folder / "probe.pt"
         answer = other.ask("probe", way=way, prompts=texts(patient, rows), tokens=tokens, seed=0, file=str(file))
         theirs = torch.load(file, weights_only=True)
         file.unlink()
-        ours, ids = drawn_from(patient, doctor, theirs["tokens"])
-        assert answer["prompt_ids"] == ids, "the decoders read the prompts differently"
-        distance = (ours - theirs["probabilities"][..., : ours.shape[-1]]).abs().sum(-1) / 2
-        same = (ours.argmax(-1) == theirs["probabilities"].argmax(-1)).float()
-        found[way] = {
-            "largest": float(distance.max()),
-            "mean": float(distance.mean()),
-            "same_most_likely": float(same.mean()),
-        }
+        for name, doctor in doctors.items():
+            ours, ids = drawn_from(patient, doctor, theirs["tokens"])
+            assert answer["prompt_ids"] == ids, "the decoders read the prompts differently"
+            distance = (ours - theirs["probabilities"][..., : ours.shape[-1]]).abs().sum(-1) / 2
+            same = (ours.argmax(-1) == theirs["probabilities"].argmax(-1)).float()
+            found[name][way] = {
+                "largest": float(distance.max()),
+                "mean": float(distance.mean()),
+                "same_most_likely": float(same.mean()),
+            }
     return found
 
 
@@ -188,17 +195,15 @@ def timed(work: Callable[[], None]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
 
 
-def ratio_to(rows: list[dict[str, Any]], size: int, way: str, kind: str = "seconds") -> float:
-    """How many times as much time a way takes as ours does: the median over rounds."""
+def ratio_to(rows: list[dict[str, Any]], size: int, way: str, kind: str = "seconds", ours: str = "guided") -> float:
+    """How many times as much time a way takes as one of ours does: the median over rounds."""
     found = {(row["batch"], row["way"]): row[kind] for row in rows}
-    return statistics.median(
-        theirs / ours for theirs, ours in zip(found[size, way], found[size, "guided"], strict=True)
-    )
+    return statistics.median(other / own for other, own in zip(found[size, way], found[size, ours], strict=True))
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    sizes, tokens, rounds = ([1, 4], 16, 1) if arguments.quick else ([1, 4], 64, arguments.rounds)
-    probed = (2, 4) if arguments.quick else (max(sizes), 16)
+    sizes, tokens, rounds = ([1, 4], 16, 1) if arguments.quick else ([1, 4, 16], 64, arguments.rounds)
+    probed = (2, 4) if arguments.quick else (4, 16)
     lora = arguments.doctor or folder / "lora"
     if arguments.doctor is None:
         make_doctor(arguments.patient, lora)
@@ -206,7 +211,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dtype = arguments.dtype or str(patient.model.dtype).removeprefix("torch.")
     folders = [folder / "patient", folder / "doctor"]
     write_model(patient, folders[0])
-    write_model(merged(lora, arguments.patient), folders[1])
+    base = load_model(arguments.patient)
+    # Else the doctor would be rounded once more than its adapter is, and `difference` would measure that.
+    base.model.float()
+    write_model(Doctor.from_pretrained(lora, base=base).merged(), folders[1])
     rows: list[dict[str, Any]] = []
     difference: dict[str, Any] = {}
     with Other(arguments.python, arguments.source) as other:
@@ -214,19 +222,24 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for kind in dict.fromkeys(["float32", dtype]):
             loaded = other.ask("load", folders=[str(path) for path in folders], dtype=kind)
             patient, doctor = (load_model(str(path), dtype=kind) for path in folders)
-            difference[kind] = differences(other, patient, doctor, *probed, folder)
+            adapter = Adapter.load(lora / ADAPTER_FOLDER, patient.model)
+            assert adapter is not None, f"{lora} cannot be run beside {arguments.patient} in one pass"
+            doctors = {"guided": Guide("it", patient, adapter=adapter), "guided_apart": Guide("it", doctor)}
+            difference[kind] = differences(other, patient, doctors, *probed, folder)
             print(kind, json.dumps(difference[kind]), flush=True)
         print(f"{'batch':>5} {'way':>17} {'tokens/s':>9} {'÷ guided':>9}")
         for size in sizes:
             prompts = texts(patient, size)
-            ours = engine(patient, [Guide("it", doctor)], size, tokens)
-            ours()
+            ours = {way: engine(patient, [guide], size, tokens) for way, guide in doctors.items()}
+            for work in ours.values():
+                work()
             for way in THEIRS:
                 other.ask("decode", way=way, prompts=prompts, tokens=tokens, seed=0)
             gc.collect()
-            taken: dict[str, list[dict[str, Any]]] = {way: [] for way in ("guided", *THEIRS)}
+            taken: dict[str, list[dict[str, Any]]] = {way: [] for way in (*OURS, *THEIRS)}
             for number in range(rounds):
-                taken["guided"].append(timed(ours))
+                for way, work in ours.items():
+                    taken[way].append(timed(work))
                 for way in THEIRS:
                     taken[way].append(other.ask("decode", way=way, prompts=prompts, tokens=tokens, seed=number))
             for way, times in taken.items():
@@ -244,6 +257,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )["project"]["version"]
     return {
         "guided_vs_arithmetic": {str(size): ratio_to(rows, size, way) for size, way in fastest.items()},
+        "guided_apart_vs_arithmetic": {
+            str(size): ratio_to(rows, size, way, ours="guided_apart") for size, way in fastest.items()
+        },
         "fastest_arithmetic": {str(size): way for size, way in fastest.items()},
         "guided_vs_arithmetic_as_genarm": {str(size): ratio_to(rows, size, "arithmetic") for size in sizes},
         "processor_ratio": {str(size): ratio_to(rows, size, way, "processor_seconds") for size, way in fastest.items()},
@@ -271,7 +287,12 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    for name in ("guided_vs_arithmetic", "guided_vs_arithmetic_as_genarm", "processor_ratio"):
+    for name in (
+        "guided_vs_arithmetic",
+        "guided_apart_vs_arithmetic",
+        "guided_vs_arithmetic_as_genarm",
+        "processor_ratio",
+    ):
         print(name, json.dumps({size: round(value, 2) for size, value in result[name].items()}))
     head = {
         "benchmark": "arithmetic",

@@ -15,6 +15,8 @@ each, in interleaved rounds:
 - with --small, a LoRA doctor on a smaller base (`llmdoctor shrink`): small_alone, our engine with that base alone;
   small, the patient with that doctor; small_speculative, the same, and the doctor guesses ahead itself.
 
+A full run is made at temperature 1, and what guesses bring also at lower ones, where the next token is easier to guess.
+
 Without --doctor it has the shape that `llmdoctor train` gives it and random numbers for weights: then these are
 timings, not quality, and guesses hold as often as they do for such a doctor. The draft is the one in --draft
 (`runs/draft` if that is there); without one, a draft is trained for a moment first, too short to be any good.
@@ -33,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +75,7 @@ class Plan:
         rounds: of which the median is told.
         draft_length: longest answer that a draft of a moment learns from.
         memory_tokens: of each of four answers while memory is measured.
+        colder: other temperatures at which guessing ahead is measured.
     """
 
     sizes: tuple[int, ...] = (1, 4, 16)
@@ -79,6 +83,7 @@ class Plan:
     rounds: int = 3
     draft_length: int = 48
     memory_tokens: int = 16
+    colder: tuple[float, ...] = (0.6, 0.0)
 
     @classmethod
     def quick(cls, spec: str) -> Plan:
@@ -88,8 +93,8 @@ class Plan:
         start = time.perf_counter()
         work()
         if time.perf_counter() - start < SLOW:
-            return cls((1, 16), 16, 1)
-        return cls((1, 4), 8, 1, 12, 4)
+            return cls((1, 16), 16, 1, colder=())
+        return cls((1, 4), 8, 1, 12, 4, colder=())
 
 
 SLOW = 0.5
@@ -298,6 +303,57 @@ def timed(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list
     return seconds
 
 
+def race(
+    size: int, ways: Mapping[str, Callable[[], None]], heard: Mapping[str, list[Completion]], plan: Plan, prompts: int
+) -> list[dict[str, Any]]:
+    """Warm all ways up and time them; a row of results for each."""
+    for way, work in ways.items():
+        # What is guessed follows what guesses have cost, which takes some rounds to be known.
+        for _ in range(3 if way in heard and plan.rounds > 1 else 1):
+            work()
+    for completions in heard.values():
+        completions.clear()
+    gc.collect()
+    seconds = timed(ways, plan.rounds)
+    rows = []
+    for way, times in seconds.items():
+        ratio = times_as_fast(times, seconds["patient"])
+        rate = max(size, prompts) * plan.tokens / statistics.median(times)
+        rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
+        print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+    return rows
+
+
+def ratios_of(rows: list[dict[str, Any]], way: str, other: str) -> dict[str, float]:
+    """Medians over rounds of how many times as fast one way is as another, by batch size."""
+    found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
+    sizes = dict.fromkeys(row["batch"] for row in rows)
+    return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
+
+
+def guessing(loaded: Loaded, plan: Plan, temperature: float, prompts: int) -> dict[str, Any]:
+    """What guesses bring at a temperature."""
+    print(f"temperature {temperature}")
+    rows: list[dict[str, Any]] = []
+    guessed = {}
+    for size in plan.sizes:
+        ways, heard = loaded.ways(size, plan.tokens, temperature, prompts)
+        ways = {way: ways[way] for way in ("patient", "guided", "speculative", "patient_speculative")}
+        heard = {way: heard[way] for way in ("speculative", "patient_speculative")}
+        rows += race(size, ways, heard, plan, prompts)
+        guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
+    return {
+        "speculative_vs_guided": ratios_of(rows, "speculative", "guided"),
+        "speculative_vs_patient": ratios_of(rows, "speculative", "patient"),
+        "patient_speculative_vs_patient": ratios_of(rows, "patient_speculative", "patient"),
+        "acceptance": first_guess(
+            loaded.draft, loaded.patient, [loaded.beside], plan.sizes[-1], plan.tokens, temperature
+        ),
+        "guesses": guessed,
+        "rows": rows,
+    }
+
+
 def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Path) -> dict[str, Any]:
     sizes, tokens, temperature = plan.sizes, plan.tokens, arguments.temperature
     patient = load_model(arguments.patient)
@@ -305,32 +361,15 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
     assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
     small = None if arguments.small is None else load_guide(arguments.small, patient, name="small")
     loaded = Loaded(patient, beside, merged(doctor, arguments.patient), load_draft(folder, patient), small)
+    prompts = 1 if arguments.quick else 4
     rows: list[dict[str, Any]] = []
     guessed: dict[str, Any] = {}
     print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
     for size in sizes:
-        prompts = size if arguments.quick else 4
         ways, heard = loaded.ways(size, tokens, temperature, prompts)
-        for way, work in ways.items():
-            # What is guessed follows what guesses have cost, which takes some rounds to be known.
-            for _ in range(3 if way in heard and not arguments.quick else 1):
-                work()
-        for completions in heard.values():
-            completions.clear()
-        gc.collect()
-        seconds = timed(ways, plan.rounds)
-        for way, times in seconds.items():
-            ratio = times_as_fast(times, seconds["patient"])
-            rate = max(size, prompts) * tokens / statistics.median(times)
-            rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
-            print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+        rows += race(size, ways, heard, plan, prompts)
         guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
-
-    def ratios(way: str, other: str) -> dict[str, float]:
-        """Medians over rounds of how many times as fast one way is as another, by batch size."""
-        found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
-        return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
-
+    ratios = partial(ratios_of, rows)
     beside_small = {}
     if small is not None:
         beside_small = {
@@ -356,6 +395,7 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
         "acceptance_patient": first_guess(loaded.draft, patient, [], sizes[-1], tokens, temperature),
         **beside_small,
         "guesses": guessed,
+        "colder": {str(each): guessing(loaded, plan, each, prompts) for each in plan.colder},
         "memory_ratio": peaks["guided"] / peaks["patient"],
         "memory_ratio_apart": None if arguments.quick else peaks["guided_apart"] / peaks["patient"],
         "peak_bytes": peaks,
