@@ -23,7 +23,7 @@ from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import RANKS
 from llmdoctor.decoding.speculation import stand_in
-from llmdoctor.decoding.tree import Tree, best_tree
+from llmdoctor.decoding.tree import Branching, Tree
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
@@ -93,7 +93,7 @@ TREES = [
     Tree((0,), (0,)),
     Tree((0, 1, 2, 3), (0, 0, 0, 0)),
     Tree((0, 0, 0), (0, 1, 2)),
-    best_tree(RATES, 12, 3)[0],
+    Branching(RATES, 12, 3).tree(12),
 ]
 
 
@@ -330,7 +330,7 @@ def test_draws_follow_the_enumerated_distribution(
     sampling = SamplingParams(max_new_tokens=3, temperature=temperature, top_k=top_k)
     here, betas = (guides[:1], {"beside": 1.5}) if guided == "beside" else (guides[1:], {"product": 0.5, "ratio": 1.5})
     request = Request.from_text("Hi", alpha=0.9, betas=betas, sampling=sampling)
-    always(monkeypatch, best_tree(RATES, 6, 2)[0])
+    always(monkeypatch, Branching(RATES, 6, 2).tree(6))
     guesses: Any = draft if guided == "beside" else "doctors"
     decoder = GuidedDecoder(patient, here, max_batch_size=2500, draft=guesses)
     decoder.encoder.stop_ids = frozenset()

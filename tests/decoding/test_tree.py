@@ -12,7 +12,7 @@ import pytest
 
 from llmdoctor.decoding.pace import Pace
 from llmdoctor.decoding.row import RANKS
-from llmdoctor.decoding.tree import Tree, best_tree
+from llmdoctor.decoding.tree import Branching, Tree
 
 
 def worth(tree: Tree, rates: Sequence[float]) -> float:
@@ -59,7 +59,9 @@ def test_no_tree_of_that_size_is_better(seed: int) -> None:
     parts = sorted((draw.random() for _ in range(3)), reverse=True)
     rates = [0.9 * part / sum(parts) for part in parts]
     for guesses, depth in itertools.product(range(7), range(1, 4)):
-        tree, tokens = best_tree(rates, guesses, depth)
+        branching = Branching(rates, guesses, depth)
+        tree, tokens = branching.tree(guesses), branching.tokens[-1]
+        assert branching.levels[-1] == len(tree.levels) - 1
         well_formed(tree)
         assert len(tree.levels) - 1 <= depth
         assert tokens == pytest.approx(worth(tree, rates))
@@ -67,7 +69,7 @@ def test_no_tree_of_that_size_is_better(seed: int) -> None:
 
 
 def test_large_trees_are_well_formed() -> None:
-    tree, _ = best_tree([0.4, 0.2, 0.1, 0.05, 0.0], 32, 4)
+    tree = Branching([0.4, 0.2, 0.1, 0.05, 0.0], 32, 4).tree(32)
     well_formed(tree)
     assert tree.guesses == 32
 
@@ -137,7 +139,7 @@ def test_most_of_what_could_be_had_is_had_from_the_start(level: float, guess: fl
     def cost(tree: Tree) -> float:
         return 1 + level * (len(tree.levels) - 1) + guess * tree.guesses
 
-    every = [best_tree(USUAL, size, depth)[0] for size in range(33) for depth in range(1, 5)]
+    every = [Branching(USUAL, 32, depth).tree(size) for size in range(33) for depth in range(1, 5)]
     best = max(worth(tree, USUAL) / cost(tree) for tree in every)
     chosen = lives(Pace(32), USUAL, level, guess, rounds=64)
     assert sum(worth(tree, USUAL) for tree in chosen) / sum(map(cost, chosen)) > least * best

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmdoctor.decoding.row import RANKS, Row
-from llmdoctor.decoding.tree import Tree, best_tree
+from llmdoctor.decoding.tree import Branching, Tree
 
-_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _DEPTHS = 4
 _PRIOR = 16.0
 """A row counts as if it had so many guesses behind it that held as often as all rows' do."""
@@ -26,10 +25,10 @@ _BELIEVED = np.array([1.0, 0.02, 0.06, 0.03])
 _UNSURE = np.array([0.1, 0.05, 0.1, 0.08])
 """Standard deviations of that."""
 
-_DRIFT = np.array([0.01, 0.002, 0.002, 0.002])
+_DRIFT = np.array([0.004, 0.0005, 0.0005, 0.0005])
 """How far each price moves from a round to the next."""
 
-_NOISE = 0.1
+_NOISE = 0.06
 """How far a round's time is from its price, relative to it."""
 
 _LEAST = 0.05
@@ -46,8 +45,11 @@ _LONGEST_WAIT = 1000
 """Rounds between two tries of guesses that do not pay, at most."""
 
 _ASIDE_EVERY = 12
-"""Rounds after which something else than the best is tried, no guesses or a neighbouring size: costs change with the
+"""Rounds after which something else than the best is tried, no guesses or another number of them: costs change with the
 rows' lengths, and what is always chosen does not tell what part of its cost is the guesses'."""
+
+_ASIDE = 3
+"""How many times as many guesses that is, or as few."""
 
 
 class Pace:
@@ -114,24 +116,21 @@ class Pace:
             return Tree()
         if costs.guessed < len(_FIRST):
             size, depth = _FIRST[costs.guessed]
-            return best_tree(rates, min(size, self.most), depth)[0]
-        sizes = [size for size in _SIZES if size <= self.most]
-        found = []
-        for depth in range(1, _DEPTHS + 1):
-            for place, size in enumerate(sizes):
-                tree, tokens = best_tree(rates, size, depth)
-                found.append((tokens / costs.seconds(tree), place, depth, tree))
-        pays, place, depth, tree = max(found, key=lambda entry: entry[0])
-        if pays < 1 / costs.seconds(Tree()):
-            return tree if costs.try_again() else Tree()
+            return Branching(rates, min(size, self.most), depth).tree(size)
+        branchings = [Branching(rates, self.most, depth) for depth in range(1, _DEPTHS + 1)]
+        # Tokens a second of each tree of one node and more, by depth.
+        pays = [np.array(branching.tokens[1:]) / costs.all_seconds(branching.levels[1:]) for branching in branchings]
+        best = max(range(_DEPTHS), key=lambda place: float(pays[place].max()))
+        size = int(pays[best].argmax()) + 1
+        if pays[best].max() < 1 / costs.seconds(Tree()):
+            return branchings[best].tree(size) if costs.try_again() else Tree()
         costs.pays()
         aside, rest = divmod(self._rounds, _ASIDE_EVERY)
         if rest == 0:
             if aside % 2:
                 return Tree()
-            place += 1 if aside % 4 else -1
-            return best_tree(rates, sizes[min(max(place, 0), len(sizes) - 1)], depth)[0]
-        return tree
+            size = size * _ASIDE if aside % 4 else max(1, size // _ASIDE)
+        return branchings[best].tree(min(size, self.most))
 
 
 class _Costs:
@@ -185,6 +184,12 @@ class _Costs:
     def seconds(self, tree: Tree) -> float:
         """Expected of a round with this tree."""
         return self._unit * self._passes(tree)
+
+    def all_seconds(self, levels: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Expected of rounds with 1, 2, … guesses on so many levels."""
+        start, guessing, level, guess = self._prices
+        count = np.arange(1, len(levels) + 1)
+        return self._unit * np.maximum(start + guessing + level * np.array(levels) + guess * count, _LEAST)
 
     def _passes(self, tree: Tree) -> float:
         return max(float(_features(tree) @ self._prices), _LEAST)

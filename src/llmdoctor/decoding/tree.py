@@ -42,32 +42,43 @@ class Tree:
         return found
 
 
-def best_tree(rates: Sequence[float], guesses: int, depth: int) -> tuple[Tree, float]:
-    """The tree of so many guesses and at most so deep that is expected to give most tokens, and how many it gives.
+class Branching:
+    """The trees that are expected to give most tokens, of every size: each holds the smaller ones.
 
     Args:
         rates: that the candidate of rank r is the token drawn, where its parent was; their sum is at most 1.
-        guesses: nodes, fewer where the tree is full.
+        most: nodes; fewer where the tree is full.
         depth: of the deepest node.
+
+    Attributes:
+        tokens: expected of the trees of 0, 1, 2, … nodes.
+        levels: of these trees, the root's not counted.
     """
-    # A node is worth the chance that all of its branch is drawn, so it is worth less than its parent and than the
-    # candidate before it: the best ones one after the other are a tree.
-    chosen: list[tuple[int, int, int]] = []  # parent, rank and depth, in the order of choice
-    total = 1.0
-    heap = [(-rates[0], 0, 0, 1)] if rates and depth >= 1 else []  # −worth, parent, rank, depth
-    while heap and len(chosen) < guesses:
-        worth, parent, rank, level = heapq.heappop(heap)
-        chosen.append((parent, rank, level))
-        total -= worth
-        if rank + 1 < len(rates):
-            heapq.heappush(heap, (worth * rates[rank + 1] / max(rates[rank], 1e-9), parent, rank + 1, level))
-        if level < depth:
-            heapq.heappush(heap, (worth * rates[0], len(chosen), 0, level + 1))
-    # Numbered level by level: by the parent's number, then by rank.
-    place, order = {0: 0}, []
-    for level in range(1, depth + 1):
-        here = [index for index in range(len(chosen)) if chosen[index][2] == level]
-        here.sort(key=lambda index: (place[chosen[index][0]], chosen[index][1]))
-        order += here
-        place |= {index + 1: len(place) + number for number, index in enumerate(here)}
-    return Tree(tuple(place[chosen[index][0]] for index in order), tuple(chosen[index][1] for index in order)), total
+
+    def __init__(self, rates: Sequence[float], most: int, depth: int) -> None:
+        # A node is worth the chance that all of its branch is drawn, so it is worth less than its parent and than the
+        # candidate before it: the best ones one after the other are a tree.
+        self._chosen: list[tuple[int, int, int]] = []  # parent, rank and depth, in the order of choice
+        self.tokens, self.levels = [1.0], [0]
+        heap = [(-rates[0], 0, 0, 1)] if rates and depth >= 1 else []  # −worth, parent, rank, depth
+        while heap and len(self._chosen) < most:
+            worth, parent, rank, level = heapq.heappop(heap)
+            self._chosen.append((parent, rank, level))
+            self.tokens.append(self.tokens[-1] - worth)
+            self.levels.append(max(self.levels[-1], level))
+            if rank + 1 < len(rates):
+                heapq.heappush(heap, (worth * rates[rank + 1] / max(rates[rank], 1e-9), parent, rank + 1, level))
+            if level < depth:
+                heapq.heappush(heap, (worth * rates[0], len(self._chosen), 0, level + 1))
+
+    def tree(self, guesses: int) -> Tree:
+        """That of so many nodes, or of all there are."""
+        chosen = self._chosen[:guesses]
+        # Numbered level by level: by the parent's number, then by rank.
+        place, order = {0: 0}, []
+        for level in range(1, self.levels[len(chosen)] + 1):
+            here = [index for index in range(len(chosen)) if chosen[index][2] == level]
+            here.sort(key=lambda index: (place[chosen[index][0]], chosen[index][1]))
+            order += here
+            place |= {index + 1: len(place) + number for number, index in enumerate(here)}
+        return Tree(tuple(place[chosen[index][0]] for index in order), tuple(chosen[index][1] for index in order))
