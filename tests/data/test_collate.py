@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.data.collate import RewardCollator
+from llmdoctor.data.collate import RewardCollator, in_parts
 from llmdoctor.models.loading import LoadedModel
 
 
@@ -101,3 +101,31 @@ def test_prompts_are_encoded_as_the_doctor_will_see_them(tiny_model: LoadedModel
     messages = [{"role": "user", "content": "the cat"}]
     batch = RewardCollator(encoder)([row("", [7], [8]) | {"prompt": json.dumps(messages)}])
     assert batch["input_ids"][0, : batch["prompt_width"]].tolist() == encoder.prompt_ids(messages)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("most", [1, 20, 24, 40, 10_000])
+def test_parts_are_the_batch(packed: bool, most: int) -> None:
+    """Each part is what the collator makes of its pairs; together they are all pairs, each once; none is too large."""
+    rows = [
+        row(" ".join(["5"] * prompt), [7] * chosen, [8] * rejected, chosen_ref_logps=[-1.0] * chosen,
+            rejected_ref_logps=[-2.0] * rejected, chosen_rewards=[number / 8] * chosen)
+        for number, (prompt, chosen, rejected) in enumerate([(2, 3, 1), (9, 1, 2), (1, 1, 1), (4, 2, 6), (2, 3, 3)])
+    ]  # fmt: skip
+    collate = collator(packed=packed)
+    batch = collate(rows)
+    parts = in_parts(batch, most)
+    found = []
+    for part in parts:
+        # A part says by its rewards which pairs it has.
+        numbers = [int(8 * value) for value in part["token_rewards"][: len(part["divergence"]), 0]]
+        found += numbers
+        assert part["input_ids"].numel() <= most or len(numbers) == 1
+        own = collate([rows[number] for number in numbers])
+        # Whether to pack is decided for the whole batch.
+        if (own["prompt_width"] is None) == (part["prompt_width"] is None):
+            for name, value in own.items():
+                assert torch.equal(value, part[name]) if isinstance(value, torch.Tensor) else value == part[name], name
+    assert sorted(found) == list(range(5))
+    assert (len(parts) == 1) == (batch["input_ids"].numel() <= most)
+    assert len(parts) == 5 or most > 1

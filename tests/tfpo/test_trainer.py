@@ -227,6 +227,35 @@ def test_two_half_batches_accumulate_to_one(tiny_folder: Path, store: RewardStor
         torch.testing.assert_close(tensor, results[1][name], rtol=0, atol=1e-3 * moved)
 
 
+def test_a_batch_in_parts_is_the_batch(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """Weights and log lines, to rounding, where batches are read whole, two pairs or so at once, and pair by pair."""
+    ends, logs = [], []
+    for most in (100_000, 150, 1):
+        doctor = shaken(fresh_doctor(load(tiny_folder)))
+        options = {
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "optim": "sgd",
+            "logging_steps": 1,
+            "max_tokens_at_once": most,
+        }
+        trainer = trainer_of(doctor, tmp_path / str(most), store.dataset(), **options)
+        passes = []
+        doctor.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        trainer.train()
+        assert {100_000: len(passes) == 3, 150: 3 < len(passes) < 12, 1: len(passes) == 12}[most], (most, len(passes))
+        ends.append(tensors(doctor))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert len(logs[0]) == 3
+    for end, log in zip(ends[1:], logs[1:], strict=True):
+        for name, values in ends[0].items():
+            torch.testing.assert_close(end[name], values, rtol=1e-4, atol=1e-6)
+        for entry, whole in zip(log, logs[0], strict=True):
+            assert {k: float(v) for k, v in entry.items()} == pytest.approx(
+                {k: float(v) for k, v in whole.items()}, rel=1e-3, abs=1e-5
+            )
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_it_learns_a_preference(tiny_folder: Path, tmp_path: Path, lora: bool) -> None:
     """Chosen responses speak of cats, rejected ones of dogs. Held-out pairs are told apart."""

@@ -105,7 +105,7 @@ class GenARMTrainer(TFPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over pairs of `genarm_loss`."""
+        """Mean over pairs of `genarm_loss`; of a part of a batch, times its share in it."""
         logps, _ = model(
             inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], inputs["prompt_width"]
         )
@@ -113,7 +113,6 @@ class GenARMTrainer(TFPOTrainer):
         loss = genarm_loss(totals[0], totals[1], self.beta).mean()
         rewards = totals.detach().T
         if model.training:
-            self._window["preference_accuracy"].append(float((rewards[:, 0] > rewards[:, 1]).float().mean()))
-            self._window["chosen_reward"].append(float(rewards[:, 0].mean()))
-            self._window["rejected_reward"].append(float(rewards[:, 1].mean()))
+            self._record(rewards)
+        loss = loss * self._share
         return (loss, rewards) if return_outputs else loss

@@ -101,6 +101,52 @@ class RewardCollator:
         return padded
 
 
+def in_parts(batch: dict[str, Any], most_tokens: int) -> list[dict[str, Any]]:
+    """A collated batch as several, each of at most about `most_tokens` tokens with their padding, or of one pair.
+
+    Pairs of similar length come together, and padding that a part does not need is left off. A mean over the batch's
+    pairs is the parts' means, weighted by how many pairs each has.
+    """
+    if batch["input_ids"].numel() <= most_tokens:
+        return [batch]
+    packed = batch["prompt_width"] is None
+    pairs = len(batch["completion_mask"]) // 2
+    rows = 1 if packed else 2
+    lengths = batch["attention_mask"].sum(-1).view(rows, pairs).amax(0)
+    parts: list[list[int]] = []
+    longest = 0
+    for place in lengths.argsort(descending=True, stable=True).tolist():
+        if not parts or (len(parts[-1]) + 1) * rows * longest > most_tokens:
+            parts.append([])
+            longest = int(lengths[place])
+        parts[-1].append(place)
+    return [_part(batch, torch.tensor(part), pairs) for part in parts]
+
+
+def _part(batch: dict[str, Any], pairs: Tensor, count: int) -> dict[str, Any]:
+    """The batch of some of the `count` pairs."""
+    both = torch.cat([pairs, count + pairs])
+    width = batch["prompt_width"]
+    rows = both if width is not None else pairs
+    completion = batch["completion_mask"][both]
+    length = int(completion.sum(-1).max())
+    used = batch["attention_mask"][rows].any(0).nonzero()[:, 0]
+    # Of rows that are not packed the labels are the columns behind the prompt, as many as the longest completion has.
+    columns = slice(int(used[0]), int(used[-1]) + 1 if width is None else width + length)
+    part: dict[str, Any] = {
+        "input_ids": batch["input_ids"][rows, columns],
+        "attention_mask": batch["attention_mask"][rows, columns],
+        "completion_mask": completion[:, :length],
+        "token_rewards": batch["token_rewards"][both, :length],
+        "terminal": batch["terminal"][both],
+        "divergence": batch["divergence"][pairs],
+        "prompt_width": None if width is None else width - columns.start,
+    }
+    if "ref_logps" in batch:
+        part["ref_logps"] = batch["ref_logps"][both, :length]
+    return part
+
+
 def _cost(rows: int, columns: int) -> float:
     """Of reading a batch, in tokens. Scores grow with the square of a row's columns."""
     return rows * columns * (1 + columns / SCORES_A_TOKEN)

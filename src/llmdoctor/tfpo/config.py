@@ -94,6 +94,13 @@ class TFPOConfig(TrainingArguments):
         default=True,
         metadata={"help": "Divide a response's balance loss by its length, so that long responses do not dominate."},
     )
+    max_tokens_at_once: int = field(
+        default=4096,
+        metadata={
+            "help": "A batch of more tokens, with their padding, is read in parts whose gradients are added up: it "
+            "bounds memory where texts are long and changes nothing else. One pair is always read at once."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Keep only the last so many prompt tokens; None keeps all."}
     )
@@ -148,6 +155,8 @@ class TFPOConfig(TrainingArguments):
             raise UserError(f"value_learning_rate must be positive, got {self.value_learning_rate}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise UserError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+        if self.max_tokens_at_once < 1:
+            raise UserError(f"max_tokens_at_once must be at least 1, got {self.max_tokens_at_once}")
         if self.load_best_model_at_end:
             raise UserError(
                 "load_best_model_at_end is not supported: a doctor is what its last step left. Leave it out; every "

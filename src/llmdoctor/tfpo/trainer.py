@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llmdoctor.data.collate import SIDES, RewardCollator
+from llmdoctor.data.collate import SIDES, RewardCollator, in_parts
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
 from llmdoctor.rewards.face_scorer import FaceScorer
@@ -85,13 +85,18 @@ class TFPOTrainer(Trainer):
             compute_metrics=preference_metrics,
             **kwargs,
         )
-        self._window: dict[str, list[float]] = defaultdict(list)
+        # Values since the last log line, and of how much of a batch each is.
+        self._window: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._share = 1.0
         self._sound: tuple[int, list[Tensor]] | None = None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the balance loss plus λ_value, λ_leaf and λ_branch times the value, leaf and branch losses."""
+        """Mean of the balance loss plus λ_value, λ_leaf and λ_branch times the value, leaf and branch losses.
+
+        Of a part of a batch, times its share in it.
+        """
         logps, log_v = model(
             inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], inputs["prompt_width"]
         )
@@ -105,7 +110,8 @@ class TFPOTrainer(Trainer):
             loss = loss + args.branch_coef * self._branch_loss(logps, inputs, args).mean()
         margins = rewards.detach()
         if model.training:
-            self._record(balance, value, leaf, margins)
+            self._record(margins, balance_loss=balance, value_loss=value, leaf_loss=leaf)
+        loss = loss * self._share
         return (loss, margins) if return_outputs else loss
 
     @staticmethod
@@ -139,8 +145,18 @@ class TFPOTrainer(Trainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass; stops the training where it is no longer finite."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        """The gradient of a batch, read in parts where it is large; stops the training where it is no longer finite."""
+        parts = in_parts(inputs, self.args.max_tokens_at_once)
+        pairs = len(inputs["divergence"])
+        loss: Tensor | None = None
+        for number, part in enumerate(parts, 1):
+            self._share = len(part["divergence"]) / pairs
+            # Several processes add up their gradients once a batch: they may read it in different numbers of parts.
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                found: Tensor = super().training_step(model, part, num_items_in_batch)
+            loss = found if loss is None else loss + found
+        self._share = 1.0
+        assert loss is not None
         finite = torch.isfinite(loss)
         # Under fp16 infinite gradients are how the scaler finds its scale; it skips those steps itself.
         if self.accelerator.scaler is None:
@@ -210,20 +226,20 @@ class TFPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last line to what is logged."""
         if "loss" in logs:
-            logs.update({name: float(np.mean(values)) for name, values in self._window.items()})
+            means = {name: np.array(noted).T for name, noted in self._window.items()}
+            logs.update({name: float(np.average(values, weights=shares)) for name, (values, shares) in means.items()})
             self._window.clear()
         super().log(logs, start_time)
 
-    def _record(self, balance: Tensor, value: Tensor, leaf: Tensor, rewards: Tensor) -> None:
-        for name, number in (
-            ("balance_loss", balance),
-            ("value_loss", value),
-            ("leaf_loss", leaf),
-            ("preference_accuracy", (rewards[:, 0] > rewards[:, 1]).float().mean()),
-            ("chosen_reward", rewards[:, 0].mean()),
-            ("rejected_reward", rewards[:, 1].mean()),
-        ):
-            self._window[name].append(float(number.detach()))
+    def _record(self, rewards: Tensor, **losses: Tensor) -> None:
+        """Note a training batch's losses and implicit rewards [B, 2] for the next log line."""
+        for name, number in {
+            **losses,
+            "preference_accuracy": (rewards[:, 0] > rewards[:, 1]).float().mean(),
+            "chosen_reward": rewards[:, 0].mean(),
+            "rejected_reward": rewards[:, 1].mean(),
+        }.items():
+            self._window[name].append((float(number.detach()), self._share))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
