@@ -146,6 +146,7 @@ class TFPOTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The gradient of a batch, read in parts where it is large; stops the training where it is no longer finite."""
+        inputs = self._prepare_inputs(inputs)
         parts = in_parts(inputs, self.args.max_tokens_at_once)
         pairs = len(inputs["divergence"])
         loss: Tensor | None = None
