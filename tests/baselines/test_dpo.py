@@ -13,7 +13,7 @@ import torch
 from tests.killing import JobServer, last_step
 from tests.tiny import OTHER_CORPUS, acquire, byte_level, naive_logps, save_tiny, some_pairs, tensors
 
-from llmdoctor.baselines import dpo
+from llmdoctor.baselines import dpo, training
 from llmdoctor.baselines.dpo import BETA, dpo_trainer, train_dpo
 from llmdoctor.baselines.implicit import accuracy, implicit_rewards
 from llmdoctor.baselines.training import BaselineOptions, token_rows
@@ -80,6 +80,42 @@ def test_the_ids_that_reach_the_model_are_the_stores(tiny_folder: Path, store: R
             assert expected[response] == SIDES[2 * index // len(batch["input_ids"])]
             seen.append(response)
     assert sorted(seen) == sorted(expected), "every response once an epoch, none changed, cut or left out"
+
+
+def test_where_texts_are_long_gradients_are_added_up(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer pairs at once, the same steps and weights."""
+    ends, read = [], []
+    for most in (100_000, 1):
+        monkeypatch.setattr(training, "_TOKENS_AT_ONCE", most)
+        # Adam divides tiny gradients by their own size, which would turn rounding into whole steps.
+        trainer = dpo_trainer(load(tiny_folder), store.dataset(), OPTIONS, BETA, tmp_path / str(most))
+        trainer.args.optim = "sgd"
+        trainer.args.learning_rate = 0.1
+        rows: list[int] = []
+        collate = trainer.data_collator
+        trainer.data_collator = lambda examples, rows=rows, collate=collate: (
+            rows.append(len(examples)) or collate(examples)
+        )
+        trainer.train()
+        assert trainer.state.global_step == 8
+        ends.append(tensors(trainer.model))
+        read.append(rows)
+    assert set(read[0]) == {3}
+    assert set(read[1]) == {1}
+    moved = [float((ends[0][name] - values).abs().max()) for name, values in ends[1].items()]
+    assert max(moved) < 1e-4
+    fresh = tensors(dpo_trainer(load(tiny_folder), store.dataset(), OPTIONS, BETA, tmp_path).model)
+    assert max(float((ends[0][name] - values).abs().max()) for name, values in fresh.items()) > 1e-2
+
+
+def test_how_many_pairs_fit_at_once() -> None:
+    """8,192 tokens: eight pairs of responses of up to 512 tokens with their prompts, four of 513, one of any length."""
+    for longest, expected in ((1, 8), (512, 8), (513, 4), (1100, 2), (5000, 1)):
+        arguments = BaselineOptions().training_arguments(Path("x"), True, longest)
+        at_once, added = (arguments[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        assert (at_once, added) == (expected, 8 // expected), longest
 
 
 def test_trls_loss_is_dpos(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llmdoctor.baselines.training import (
     AdapterTraining,
     BaselineOptions,
     finish_doctor,
+    longest_response,
     lora_config,
     made_from,
     open_run,
@@ -101,8 +102,9 @@ def dpo_trainer(
             with _no_bars():
                 return super()._precompute_ref_logps(*args)
 
+    columns = token_rows(rows, ChatEncoder.for_model(base.model, base.tokenizer))
     config = DPOConfig(
-        **options.training_arguments(checkpoints, base.model.device.type == "cpu"),
+        **options.training_arguments(checkpoints, base.model.device.type == "cpu", longest_response(columns)),
         beta=beta,
         loss_type=["sigmoid"],
         precompute_ref_log_probs=True,
@@ -111,11 +113,10 @@ def dpo_trainer(
         gradient_checkpointing=False,
         bf16=False,
     )
-    encoder = ChatEncoder.for_model(base.model, base.tokenizer)
     trainer = TokenDPOTrainer(
         model=base.model,
         args=config,
-        train_dataset=Dataset.from_dict(token_rows(rows, encoder)),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=base.tokenizer,
         peft_config=lora_config(base.model, options, "CAUSAL_LM"),
         callbacks=list(callbacks),

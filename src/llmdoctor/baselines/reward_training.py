@@ -19,6 +19,7 @@ from transformers import EvalPrediction, TrainerCallback
 from llmdoctor.baselines.training import (
     AdapterTraining,
     BaselineOptions,
+    longest_response,
     lora_config,
     made_from,
     open_run,
@@ -105,8 +106,9 @@ def reward_trainer(
     class TokenRewardTrainer(AdapterTraining, RewardTrainer):
         pass
 
+    rows_of_ids = token_rows(rows, ChatEncoder.for_model(base.model, base.tokenizer))
     config = RewardConfig(
-        **options.training_arguments(checkpoints, base.model.device.type == "cpu"),
+        **options.training_arguments(checkpoints, base.model.device.type == "cpu", longest_response(rows_of_ids)),
         # The defaults would drop long rows, recompute activations and autocast.
         max_length=None,
         gradient_checkpointing=False,
@@ -116,7 +118,7 @@ def reward_trainer(
     score = Float32Score(classifier.score.in_features, 1, bias=False, device=classifier.score.weight.device)
     score.load_state_dict(classifier.score.state_dict())
     classifier.score = score
-    columns = _responses(token_rows(rows, ChatEncoder.for_model(base.model, base.tokenizer)))
+    columns = _responses(rows_of_ids)
     trainer = TokenRewardTrainer(
         model=classifier,
         args=config,

@@ -33,6 +33,10 @@ from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+_TOKENS_AT_ONCE = 8192
+"""That TRL's trainers read at once, with their padding, in the worst of all batches; what a batch has beyond that is
+added up."""
+
 
 @dataclass(frozen=True)
 class BaselineOptions:
@@ -80,12 +84,23 @@ class BaselineOptions:
         """What is trained, in the words of stage 2."""
         return DoctorOptions(lora_rank=self.lora_rank, lora_layers=self.lora_layers, eval_fraction=self.eval_fraction)
 
-    def training_arguments(self, checkpoints: Path, on_cpu: bool) -> dict[str, Any]:
-        """Arguments of `transformers.TrainingArguments`; the base stays in the dtype it was loaded in."""
+    def training_arguments(self, checkpoints: Path, on_cpu: bool, longest: int = 1) -> dict[str, Any]:
+        """Arguments of `transformers.TrainingArguments`; the base stays in the dtype it was loaded in.
+
+        `longest` is how many tokens the longest response has, its prompt included: where a step's pairs would be too
+        much at once, gradients of fewer are added up.
+        """
+        fitting = [
+            pairs
+            for pairs in range(1, self.batch_pairs + 1)
+            if self.batch_pairs % pairs == 0 and 2 * pairs * longest <= _TOKENS_AT_ONCE
+        ]
+        at_once = max(fitting, default=1)
         return {
             "output_dir": str(checkpoints),
             "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": self.batch_pairs,
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": self.batch_pairs // at_once,
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": self.warmup,
@@ -211,6 +226,12 @@ def token_rows(rows: Any, encoder: ChatEncoder) -> dict[str, list[list[int]]]:
         "chosen_ids": [list(ids) for ids in rows["chosen_ids"]],
         "rejected_ids": [list(ids) for ids in rows["rejected_ids"]],
     }
+
+
+def longest_response(columns: dict[str, list[list[int]]]) -> int:
+    """Tokens of the longest prompt with a response behind it, of `token_rows`."""
+    both = (columns["chosen_ids"], columns["rejected_ids"])
+    return max(len(p) + len(ids) for side in both for p, ids in zip(columns["prompt_ids"], side, strict=True))
 
 
 def lora_config(model: Any, options: BaselineOptions, task_type: str, **extra: Any) -> Any:
