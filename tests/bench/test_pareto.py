@@ -19,6 +19,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.models.merging import merge_doctors
 
 ONE = dict.fromkeys(STRENGTHS, (1.0,))
 
@@ -38,22 +39,20 @@ def test_points_of_every_method_and_mixture(made: tuple[Arena, Told, Pareto]) ->
     assert result == json.loads((arena.output / "pareto.json").read_text())
     assert (result["tasks"], result["prompts"], result["seeds"]) == (["a", "b"], PROMPTS, 1)
     assert [(point["method"], point["setting"]) for point in result["points"]] == [
-        (method, {"share": share, "strength": 1.0})
-        for method in ("llmdoctor", "reward_soup", "mod")
-        for share in FIRST_SHARES
+        (method, {"share": share, "strength": 1.0}) for method in STRENGTHS for share in FIRST_SHARES
     ]
     assert all(set(point) == set(get_type_hints(ParetoPoint)) for point in result["points"])
-    assert set(result["hypervolume"]) == {"llmdoctor", "reward_soup", "mod"}
+    assert set(result["hypervolume"]) == set(STRENGTHS)
     for method, volume in result["hypervolume"].items():
         assert volume["kl"] == max(point["kl"] for point in result["points"] if point["method"] == method)
         assert 0 <= volume["low"] <= volume["high"]
         assert volume["value"] >= 0
-        ours = result["hypervolume"]["llmdoctor"]["value"]
+        ours = result["hypervolume"]["llmdoctor_merged"]["value"]
         assert volume["lead"] == pytest.approx(ours - volume["value"])
         assert volume["lead_low"] <= volume["lead_high"]
     # With one strength a method's points of it are all that it has.
     assert [(one["method"], one["strength"]) for one in result["by_strength"]] == [
-        (method, 1.0) for method in ("llmdoctor", "reward_soup", "mod")
+        (method, 1.0) for method in STRENGTHS
     ]
     for one in result["by_strength"]:
         rest = {name: value for name, value in one.items() if name not in ("method", "strength")}
@@ -82,17 +81,18 @@ def test_a_point_is_on_the_front_unless_its_method_has_a_better_one(made: tuple[
         assert point["on_front"] == (not beaten)
 
 
-def test_strengths_that_spend_no_more() -> None:
+@pytest.mark.parametrize("method", ["llmdoctor_merged", "llmdoctor"])
+def test_strengths_that_spend_no_more(method: str) -> None:
     """What is told of them is what is committed: LLMdoctor's mixtures of a strength spend no more than soups do."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "pareto.json"
     points = json.loads(path.read_text(encoding="utf-8"))["points"]
-    for ours, theirs in zip(STRENGTHS["llmdoctor"], STRENGTHS["reward_soup"], strict=True):
+    for ours, theirs in zip(STRENGTHS[method], STRENGTHS["reward_soup"], strict=True):
         spent = {
-            method: [point["kl"] for point in points if (point["method"], point["setting"]["strength"]) == key]
-            for method, key in (("llmdoctor", ("llmdoctor", ours)), ("soup", ("reward_soup", theirs)))
+            name: [point["kl"] for point in points if (point["method"], point["setting"]["strength"]) == key]
+            for name, key in (("ours", (method, ours)), ("soups", ("reward_soup", theirs)))
         }
-        assert len(spent["llmdoctor"]) == len(spent["soup"]) == len(FIRST_SHARES)
-        assert np.mean(spent["llmdoctor"]) <= np.mean(spent["soup"])
+        assert len(spent["ours"]) == len(spent["soups"]) == len(FIRST_SHARES)
+        assert np.mean(spent["ours"]) <= np.mean(spent["soups"])
 
 
 def point(*scores: float, kl: float = 1.0) -> _Scored:
@@ -129,6 +129,15 @@ def test_mixtures_are_two_guides_by_hand(made: tuple[Arena, Told, Pareto], metho
     kits = [arena.kits["a"], arena.kits["b"]]
     guides = [load_guide(kit.trained(kind, 0), kits[0].patient, name=kit.task.name, form="ratio") for kit in kits]
     assert texts(arena, guides, {"a": 0.25, "b": 0.75}) == kept(arena, method, kind)
+
+
+def test_doctors_are_merged_by_hand(made: tuple[Arena, Told, Pareto], tmp_path: Path) -> None:
+    """A quarter of the one's weight differences and three of the other's, as one guide at β = 1."""
+    arena, _, _ = made
+    kits = [arena.kits["a"], arena.kits["b"]]
+    folder = merge_doctors([kit.trained("merged", 0) for kit in kits], (0.25, 0.75), tmp_path / "merged")
+    guide = load_guide(folder, kits[0].patient, name="one")
+    assert texts(arena, [guide], {"one": 1.0}) == kept(arena, "llmdoctor_merged", "merged")
 
 
 def test_a_soup_is_a_merged_policy_by_hand(made: tuple[Arena, Told, Pareto]) -> None:

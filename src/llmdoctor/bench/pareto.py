@@ -1,9 +1,11 @@
-"""Two objectives at once: two doctors mixed while decoding, against Reward Soups and MOD."""
+"""Two objectives at once: two doctors merged or mixed while decoding, against Reward Soups and MOD."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -24,7 +26,9 @@ FIRST_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 """Weight of the first task; the second has the rest. Quarters alone are steps so coarse that where they happen to fall
 decides which hypervolume is the larger."""
 
-STRENGTHS: Mapping[str, Sequence[float]] = {"llmdoctor": (0.6, 1.25), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0)}
+STRENGTHS: Mapping[str, Sequence[float]] = {
+    "llmdoctor_merged": (0.62, 1.3), "llmdoctor": (0.6, 1.25), "reward_soup": (0.5, 1.0), "mod": (0.5, 1.0),
+}  # fmt: skip
 """What both weights are multiplied by. At 1 a soup or MOD of DPO policies is what their papers propose, at a half it
 goes half the way. LLMdoctor's were chosen to spend no more nats than soups do, on average over the shares
 (`benchmarks/results/pareto.json`)."""
@@ -44,7 +48,7 @@ class ParetoPoint(TypedDict):
 class Volume(TypedDict):
     """A hypervolume with its bootstrap interval over prompts, and the most KL, in nats, that a point of it spends.
 
-    `lead` is by how much LLMdoctor's is larger, with its interval: the same prompts are drawn for both.
+    `lead` is by how much the merged doctors' is larger, with its interval: the same prompts are drawn for both.
     """
 
     value: float
@@ -57,7 +61,7 @@ class Volume(TypedDict):
 
 
 class StrengthVolume(Volume):
-    """That of a method's points of one strength; its lead is over those of LLMdoctor's strength of the same place."""
+    """That of a method's points of one strength; led by those of the merged doctors' strength of the same place."""
 
     method: str
     strength: float
@@ -160,7 +164,7 @@ def make_pareto(arena: Arena, strengths: Mapping[str, Sequence[float]] = STRENGT
                     "on_front": place in front,
                 }
             )
-    # LLMdoctor is the first.
+    # LLMdoctor's doctors merged are the first.
     drawn = {method: [entry for entry in scored if entry.method == method] for method in methods}
     ours = _volumes(drawn[methods[0]], patient)
     for method, own in drawn.items():
@@ -251,6 +255,15 @@ def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[
 
         return build
 
+    def merged_doctors(kit: Kit, seed: int, setting: Setting) -> Built:
+        from llmdoctor.models.merging import merge_doctors
+
+        paths = [own.trained(MERGED, seed) for own in kits]
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = merge_doctors(paths, (setting["share"], 1 - setting["share"]), Path(scratch) / "merged")
+            guide = load_guide(merged, kits[0].patient, name="merged")
+        return _built(kits[0].patient, [guide], {"merged": setting["strength"]}, arena)
+
     def soup(kit: Kit, seed: int, setting: Setting) -> Built:
         from llmdoctor.baselines.merging import reward_soup
 
@@ -260,11 +273,16 @@ def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[
         reference = load_guide(paths[0], kits[0].patient).reference
         return _built(kits[0].patient, [Guide("soup", merged, reference)], {"soup": setting["strength"]}, arena)
 
-    doctors, merged, mod = "LLMdoctor, two doctors", "Reward Soup of DPO policies", "MOD of DPO policies"
+    paper = "arXiv 2601.10416"
+    every: Sequence[tuple[str, str, str, Callable[[Kit, int, Setting], Built], str]] = (
+        ("llmdoctor_merged", "LLMdoctor, two doctors merged", paper, merged_doctors, MERGED),
+        ("llmdoctor", "LLMdoctor, two doctors mixed", paper, mixed(MERGED), MERGED),
+        ("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", soup, "dpo"),
+        ("mod", "MOD of DPO policies", "arXiv 2406.18853", mixed("dpo"), "dpo"),
+    )
     return [
-        Contender("llmdoctor", doctors, "arXiv 2601.10416", settings["llmdoctor"], mixed(MERGED), trained=(MERGED,)),
-        Contender("reward_soup", merged, "arXiv 2306.04488", settings["reward_soup"], soup, trained=("dpo",)),
-        Contender("mod", mod, "arXiv 2406.18853", settings["mod"], mixed("dpo"), trained=("dpo",)),
+        Contender(name, title, source, settings[name], build, trained=(kind,))
+        for name, title, source, build, kind in every
     ]
 
 

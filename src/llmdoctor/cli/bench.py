@@ -275,7 +275,7 @@ def pareto(
     chat: JudgeFlags,
     yes: Yes = False,
 ) -> None:
-    """Two doctors mixed, against Reward Soups and MOD: scores of both tasks, fronts, hypervolume.
+    """Two doctors merged or mixed, against Reward Soups and MOD: scores of both tasks, fronts, hypervolume.
 
     Example: llmdoctor bench pareto --quick
     """
@@ -291,8 +291,8 @@ def pareto(
     for name, volume in (*result["hypervolume"].items(), *told):
         lead = (
             ""
-            if name.startswith("llmdoctor")
-            else f"; LLMdoctor's is larger by {volume['lead']:.4f} "
+            if name.startswith("llmdoctor_merged")
+            else f"; the merged doctors' is larger by {volume['lead']:.4f} "
             f"({volume['lead_low']:.4f} … {volume['lead_high']:.4f})"
         )
         run.say(

@@ -106,6 +106,9 @@ _DRAWN: Mapping[str, Look] = {
     "faces": Look("two faces", "", "", "purple", "diamond", dash="dotted"),
     "dpo": Look("DPO", "", "", "vermillion", "square"),
     "dpo_best": Look("DPO, best of 4", "", "", "vermillion", "plus", dash="dotted"),
+    "llmdoctor_merged": Look(
+        "LLMdoctor, merged", "LLMdoctor, two doctors merged", "", "teal", "star", dash="dashed", strong=True
+    ),
     "reward_soup": Look("Reward Soup", "Reward Soup of DPO policies", "2306.04488", "gold", "diamond", dash="dashed"),
     "mod": Look("MOD", "MOD of DPO policies", "2406.18853", "rose", "up", hollow=True, dash="dotted"),
     "whole": Look("whole", "LLMdoctor as it is", "", "teal", "circle", strong=True),
