@@ -32,11 +32,11 @@ def test_subtb(result: Callable[..., dict[str, Any]], monkeypatch: pytest.Monkey
     seconds = subtb.seconds
     monkeypatch.setattr(subtb, "seconds", lambda loss, walk, budget: asked.append(budget) or seconds(loss, walk, 0.0))
     found = result(subtb.main)
-    assert asked == 9 * [0.5], "four lengths for each λ, and the loop"
+    assert asked == 10 * [0.5], "four lengths for each λ, and both loops"
     assert [row["subtb_lambda"] for row in found["rows"]] == [1.0, 0.9]
     assert found["relative_error"] <= 1e-5
     assert found["growth_1k_32k"] == max(row["seconds"]["32768"] / row["seconds"]["1024"] for row in found["rows"])
-    assert found["speedup_128"] > 100
+    assert found["speedup_128_each"] > found["speedup_128"] > 100
 
 
 def test_rewards(result: Callable[..., dict[str, Any]], tiny_folder: Path) -> None:
