@@ -13,9 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmdoctor.models.lora import PlainLora
+from llmdoctor.models.product import Product
 
-_FEW_ROWS = 16
-"""Up to so many rows a CPU multiplies these thin matrices faster in float32 than in half precision."""
+_FEW_ROWS, _FEW_ROWS_LAID_OUT = 16, 4
+"""Up to so many rows a CPU multiplies thin matrices faster in float32 than in half precision: as they are, and where
+they could be laid out."""
+
+_FEW_WEIGHTS = 1 << 17
+"""With matrices that can be laid out, of so many weights at most: reading more of them in float32 takes longer."""
 
 _FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,18 +41,19 @@ class LowRank:
     """
 
     def __init__(self, down: Tensor, up: Tensor, like: Tensor) -> None:
-        self._pair = down.to(like), up.to(like)
-        exact = like.device.type == "cpu" and like.dtype != torch.float32
-        self._exact = (down, up) if exact else None
+        self._down, self._up = Product(down.to(like)), Product(up.to(like))
+        self._few = 0
+        if like.device.type == "cpu" and like.dtype != torch.float32:
+            small = down.numel() + up.numel() <= _FEW_WEIGHTS
+            self._few = _FEW_ROWS if not self._up.laid_out else _FEW_ROWS_LAID_OUT if small else 0
+        self._exact = (down, up) if self._few else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], perhaps in float32."""
-        if self._exact is not None and x.shape[:-1].numel() <= _FEW_ROWS:
+        if self._exact is not None and x.shape[:-1].numel() <= self._few:
             down, up = self._exact
-            x = x.float()
-        else:
-            down, up = self._pair
-        return F.linear(F.linear(x, down), up)
+            return F.linear(F.linear(x.float(), down), up)
+        return self._up(self._down(x))
 
 
 @dataclass
