@@ -129,3 +129,13 @@ def test_parts_are_the_batch(packed: bool, most: int) -> None:
     assert sorted(found) == list(range(5))
     assert (len(parts) == 1) == (batch["input_ids"].numel() <= most)
     assert len(parts) == 5 or most > 1
+
+
+def test_kept_scores_make_long_rows_count_for_more() -> None:
+    """Two rows of 256 columns each count as 2 · 256 · (1 + 256/256) = 1,024 tokens, where 512 stand in the batch."""
+    rows = [row(" ".join(["5"] * 250), [7] * 3, [8] * 3) for _ in range(2)]
+    batch = collator(packed=True)(rows)
+    assert tuple(batch["input_ids"].shape) == (2, 256)
+    assert len(in_parts(batch, 512)) == 1
+    assert len(in_parts(batch, 1023, keeps_scores=True)) == 2
+    assert len(in_parts(batch, 1024, keeps_scores=True)) == 1

@@ -7,6 +7,7 @@ when packed the longest prompt with both of its responses.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ SCORES_A_TOKEN = 1000
 """Attention scores that cost as much as the rest of a token's training step, measured on the shipped model with eager
 attention on a CPU: there 50 prompt and 2 × 256 completion tokens take longer in one row than in two. For wider models
 and fused attention it is more, so packing would pay a little longer than it is used."""
+
+SCORES_A_TOKEN_IN_MEMORY = 256
+"""Attention scores that take as much memory, kept for the backward pass by eager attention, as the rest of a token does:
+about 10 bytes a head and 40 a hidden dimension and layer, for heads of 64. Wider heads are fewer, and take less."""
 
 
 class RewardCollator:
@@ -101,13 +106,20 @@ class RewardCollator:
         return padded
 
 
-def in_parts(batch: dict[str, Any], most_tokens: int) -> list[dict[str, Any]]:
+def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = False) -> list[dict[str, Any]]:
     """A collated batch as several, each of at most about `most_tokens` tokens with their padding, or of one pair.
 
     Pairs of similar length come together, and padding that a part does not need is left off. A mean over the batch's
     pairs is the parts' means, weighted by how many pairs each has.
+
+    Args:
+        batch: what a `RewardCollator` made.
+        most_tokens: how many.
+        keeps_scores: attention keeps all scores of a row, as eager attention does; then a token of a row of c columns
+            counts as 1 + c / 256.
     """
-    if batch["input_ids"].numel() <= most_tokens:
+    scores = SCORES_A_TOKEN_IN_MEMORY if keeps_scores else math.inf
+    if _cost(*batch["input_ids"].shape, scores) <= most_tokens:
         return [batch]
     packed = batch["prompt_width"] is None
     pairs = len(batch["completion_mask"]) // 2
@@ -116,7 +128,7 @@ def in_parts(batch: dict[str, Any], most_tokens: int) -> list[dict[str, Any]]:
     parts: list[list[int]] = []
     longest = 0
     for place in lengths.argsort(descending=True, stable=True).tolist():
-        if not parts or (len(parts[-1]) + 1) * rows * longest > most_tokens:
+        if not parts or _cost((len(parts[-1]) + 1) * rows, longest, scores) > most_tokens:
             parts.append([])
             longest = int(lengths[place])
         parts[-1].append(place)
@@ -147,9 +159,9 @@ def _part(batch: dict[str, Any], pairs: Tensor, count: int) -> dict[str, Any]:
     return part
 
 
-def _cost(rows: int, columns: int) -> float:
+def _cost(rows: int, columns: int, scores_a_token: float = SCORES_A_TOKEN) -> float:
     """Of reading a batch, in tokens. Scores grow with the square of a row's columns."""
-    return rows * columns * (1 + columns / SCORES_A_TOKEN)
+    return rows * columns * (1 + columns / scores_a_token)
 
 
 def _filled(rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

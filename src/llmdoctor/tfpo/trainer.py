@@ -147,7 +147,8 @@ class TFPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The gradient of a batch, read in parts where it is large; stops the training where it is no longer finite."""
         inputs = self._prepare_inputs(inputs)
-        parts = in_parts(inputs, self.args.max_tokens_at_once)
+        attention = self.accelerator.unwrap_model(model).causal_lm.config.get_text_config()._attn_implementation
+        parts = in_parts(inputs, self.args.max_tokens_at_once, keeps_scores=attention == "eager")
         pairs = len(inputs["divergence"])
         loss: Tensor | None = None
         for number, part in enumerate(parts, 1):
