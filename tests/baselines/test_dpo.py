@@ -111,11 +111,17 @@ def test_where_texts_are_long_gradients_are_added_up(
 
 
 def test_how_many_pairs_fit_at_once() -> None:
-    """8,192 tokens: eight pairs of responses of up to 512 tokens with their prompts, four of 513, one of any length."""
-    for longest, expected in ((1, 8), (512, 8), (513, 4), (1100, 2), (5000, 1)):
-        arguments = BaselineOptions().training_arguments(Path("x"), True, longest)
+    """8,192 tokens: eight pairs of responses of up to 512 tokens with their prompts, four of 513, one of any length.
+
+    On a CPU a token of c counts as 1 + c/256: 16 rows of 256 tokens are 16 · 256 · 2 = 8,192.
+    """
+    for on_cpu, longest, expected in (
+        (False, 1, 8), (False, 512, 8), (False, 513, 4), (False, 1100, 2), (False, 5000, 1),
+        (True, 1, 8), (True, 256, 8), (True, 257, 4), (True, 607, 2), (True, 1230, 1), (True, 5000, 1),
+    ):  # fmt: skip
+        arguments = BaselineOptions().training_arguments(Path("x"), on_cpu, longest)
         at_once, added = (arguments[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-        assert (at_once, added) == (expected, 8 // expected), longest
+        assert (at_once, added) == (expected, 8 // expected), (on_cpu, longest)
 
 
 def test_trls_loss_is_dpos(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmdoctor.baselines.implicit import held_out_metrics
 from llmdoctor.data.chat import ChatEncoder
-from llmdoctor.data.collate import RewardCollator
+from llmdoctor.data.collate import SCORES_A_TOKEN_IN_MEMORY, RewardCollator, tokens_worth
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.files import fill_folder, write_text
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
@@ -34,8 +34,8 @@ from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TOKENS_AT_ONCE = 8192
-"""That TRL's trainers read at once, with their padding, in the worst of all batches; what a batch has beyond that is
-added up."""
+"""That TRL's trainers read at once, with their padding, in the worst of all batches, counted as `data.collate.in_parts`
+does; what a batch has beyond that is added up."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,12 @@ class BaselineOptions:
         `longest` is how many tokens the longest response has, its prompt included: where a step's pairs would be too
         much at once, gradients of fewer are added up.
         """
+        # On a CPU attention is eager (`open_run`).
+        scores = SCORES_A_TOKEN_IN_MEMORY if on_cpu else math.inf
         fitting = [
             pairs
             for pairs in range(1, self.batch_pairs + 1)
-            if self.batch_pairs % pairs == 0 and 2 * pairs * longest <= _TOKENS_AT_ONCE
+            if self.batch_pairs % pairs == 0 and tokens_worth(2 * pairs, longest, scores) <= _TOKENS_AT_ONCE
         ]
         at_once = max(fitting, default=1)
         return {

@@ -24,8 +24,9 @@ attention on a CPU: there 50 prompt and 2 × 256 completion tokens take longer i
 and fused attention it is more, so packing would pay a little longer than it is used."""
 
 SCORES_A_TOKEN_IN_MEMORY = 256
-"""Attention scores that take as much memory, kept for the backward pass by eager attention, as the rest of a token does:
-about 10 bytes a head and 40 a hidden dimension and layer, for heads of 64. Wider heads are fewer, and take less."""
+"""Attention scores that take as much memory, kept for the backward pass by eager attention, as the rest of a token
+does: about 10 bytes a head and 40 a hidden dimension and layer, for heads of 64. Wider heads are fewer, and take
+less."""
 
 
 class RewardCollator:
@@ -79,7 +80,8 @@ class RewardCollator:
         width = max(map(len, prompts))
         alone = [[*prompt, *completion] for prompt, completion in zip(prompts * 2, chosen + rejected, strict=True)]
         behind = [[*row, *completion] for row, completion in zip(alone[: len(rows)], rejected, strict=True)]
-        packed = self.packed and _cost(len(behind), max(map(len, behind))) < _cost(len(alone), width + length)
+        side_by_side = tokens_worth(len(alone), width + length)
+        packed = self.packed and tokens_worth(len(behind), max(map(len, behind))) < side_by_side
         if packed:
             input_ids, attention_mask = _filled(behind)
         else:
@@ -119,7 +121,7 @@ def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = Fa
             counts as 1 + c / 256.
     """
     scores = SCORES_A_TOKEN_IN_MEMORY if keeps_scores else math.inf
-    if _cost(*batch["input_ids"].shape, scores) <= most_tokens:
+    if tokens_worth(len(batch["input_ids"]), batch["input_ids"].shape[1], scores) <= most_tokens:
         return [batch]
     packed = batch["prompt_width"] is None
     pairs = len(batch["completion_mask"]) // 2
@@ -128,11 +130,16 @@ def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = Fa
     parts: list[list[int]] = []
     longest = 0
     for place in lengths.argsort(descending=True, stable=True).tolist():
-        if not parts or _cost((len(parts[-1]) + 1) * rows, longest, scores) > most_tokens:
+        if not parts or tokens_worth((len(parts[-1]) + 1) * rows, longest, scores) > most_tokens:
             parts.append([])
             longest = int(lengths[place])
         parts[-1].append(place)
     return [_part(batch, torch.tensor(part), pairs) for part in parts]
+
+
+def tokens_worth(rows: int, columns: int, scores_a_token: float = SCORES_A_TOKEN) -> float:
+    """What reading a batch takes, in tokens of a short one. Scores grow with the square of a row's columns."""
+    return rows * columns * (1 + columns / scores_a_token)
 
 
 def _part(batch: dict[str, Any], pairs: Tensor, count: int) -> dict[str, Any]:
@@ -157,11 +164,6 @@ def _part(batch: dict[str, Any], pairs: Tensor, count: int) -> dict[str, Any]:
     if "ref_logps" in batch:
         part["ref_logps"] = batch["ref_logps"][both, :length]
     return part
-
-
-def _cost(rows: int, columns: int, scores_a_token: float = SCORES_A_TOKEN) -> float:
-    """Of reading a batch, in tokens. Scores grow with the square of a row's columns."""
-    return rows * columns * (1 + columns / scores_a_token)
 
 
 def _filled(rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
