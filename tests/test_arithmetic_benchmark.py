@@ -35,7 +35,7 @@ def doctor_folder(patient_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @torch.no_grad()
 def logits(model: LoadedModel, ids: list[int]) -> torch.Tensor:
-    """[V] float64 after `ids`: the whole sequence, one row, no cache."""
+    """[V] after `ids`: the whole sequence in float32, one row, no cache; added up and normalised in float64."""
     found: torch.Tensor = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
     return found
 

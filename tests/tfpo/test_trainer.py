@@ -256,6 +256,25 @@ def test_a_batch_in_parts_is_the_batch(tiny_folder: Path, store: RewardStore, tm
             )
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_only_attention_that_keeps_scores_makes_long_rows_count_for_more(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, attention: str
+) -> None:
+    """Tokens that just keep a limit are above it with their scores: read whole by one, in parts by the other."""
+    doctor = shaken(fresh_doctor(load(tiny_folder)))
+    doctor.causal_lm.set_attn_implementation(attention)
+    # A single batch, however it is shuffled.
+    rows = store.dataset().select(range(4))
+    trainer = trainer_of(doctor, tmp_path, rows, max_steps=1, per_device_train_batch_size=4)
+    sizes: list[int] = []
+    doctor.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].numel()))
+    whole = next(iter(trainer.get_train_dataloader()))["input_ids"].numel()
+    trainer.args.max_tokens_at_once = whole
+    trainer.train()
+    assert (len(sizes) == 1) == (attention == "sdpa"), sizes
+    assert max(sizes) <= whole
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_it_learns_a_preference(tiny_folder: Path, tmp_path: Path, lora: bool) -> None:
     """Chosen responses speak of cats, rejected ones of dogs. Held-out pairs are told apart."""
