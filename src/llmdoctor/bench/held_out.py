@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.kit import MERGED, READOUT, Kit
-from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS
+from llmdoctor.bench.kit import LABELS, MERGED, READOUT, Kit
+from llmdoctor.bench.methods import DOCTOR, DOCTOR_OF_LABELS, DOCTOR_OF_ROUNDS
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.record import guides_record, pairs_record
 from llmdoctor.data.preferences import PreferencePair, load_preferences
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from llmdoctor.baselines.implicit import ImplicitReward
 
 GUIDES = {
-    DOCTOR: MERGED, DOCTOR_OF_ROUNDS: "tfpo", DOCTOR_OF_PAIRS: "no_rounds", "genarm": "genarm", "dpo": "dpo",
+    DOCTOR: MERGED, DOCTOR_OF_ROUNDS: "tfpo", DOCTOR_OF_LABELS: LABELS, "genarm": "genarm", "dpo": "dpo",
 }  # fmt: skip
+"""The guides compared, LLMdoctor with the halves that it is merged from, and what `Kit.trained` calls them."""
 
 
 def guides_of(options: BenchOptions) -> dict[str, str]:
-    """The guides compared, by name, and what `Kit.trained` calls them; without rounds LLMdoctor's are one."""
-    parts = (DOCTOR_OF_ROUNDS, DOCTOR_OF_PAIRS)
+    """`GUIDES`; without rounds LLMdoctor has no halves."""
+    parts = (DOCTOR_OF_ROUNDS, DOCTOR_OF_LABELS)
     return {name: kind for name, kind in GUIDES.items() if options.rounds or name not in parts}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +24,24 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
+def give_back() -> None:
+    """Give back what is free but kept for later: torch's memory of a GPU, and the C library's where it can do that.
+
+    What a training step had taken is of no use to the decoding after it, whose tensors have other sizes.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    # glibc keeps blocks of up to 32 MiB; other libraries have no such function.
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 def let_go(rows: int) -> None:
     """Give free memory back, and say that `rows` rows go on together.
 
     Call it where the error is gone, and with it the frames that hold the tensors.
     """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back()
     _log.warning("Out of memory: going on with %d rows at a time.", rows)
 
 

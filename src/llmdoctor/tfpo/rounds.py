@@ -35,6 +35,7 @@ from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.lane import context_of
+from llmdoctor.decoding.memory import give_back
 from llmdoctor.decoding.network import network_of
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
@@ -247,6 +248,7 @@ class RoundsTrainer(TFPOTrainer):
         conversations = [tuple(json.loads(prompt)) for prompt in chosen for _ in SIDES]
         training = doctor.training
         doctor.eval()
+        give_back()
         told = self.told
         if told:
             told(f"round {number + 1} of {self.options.rounds}: answers", len(conversations))
@@ -278,6 +280,7 @@ class RoundsTrainer(TFPOTrainer):
         rows = [rows[place % len(rows)] for place in range(self.prompts_a_round)]
         found = with_reference(doctor, Rows.from_list(rows), self._collate_rows, self.args.per_device_eval_batch_size)
         doctor.train(training)
+        give_back()
         self.log(
             {
                 "round": float(number),
