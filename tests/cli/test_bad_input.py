@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_a_prompt_longer_than_the_context(cli: Cli, good: Cli, tiny_folder: Path
     long = {"prompt": "7" * 600, "chosen": "b", "rejected": "c"}
     path = write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS, long])
     command = rewards_of(path, tiny_folder, tmp_path / "out")
-    assert "pair 5 has a prompt of" in refused(cli, *command)
+    assert re.search(r"pair 5 \('.*' …\) has a prompt of", refused(cli, *command))
     shutil.rmtree(tmp_path / "out")
     assert "4 pairs (1 skipped), " in good(*command, "--too-long", "skip").out
     prompts = tmp_path / "prompts.txt"
@@ -142,6 +143,7 @@ def test_two_doctors_of_one_name(cli: Cli, good: Cli, finished: Path, tiny_folde
         (["generate", "Hi", "--doctor", "./none"], "none is not a doctor: it has no doctor.json"),
         (["generate", "Hi", "--threads", "0"], "threads must be at least 1, got 0"),
         (["pairs", "--scorer", "vader", "--faces", "polite", "-o", "x.jsonl"], "either --scorer or --faces, not both"),
+        (["pairs", "--paraphrase", "2", "-o", "x.jsonl"], "are meant by --faces DIMENSION; give that, too"),
         (["pairs", "--scorer", "taste", "-o", "x.jsonl"], "unknown scorer 'taste'"),
         (["rewards", "--pairs", "p.jsonl", "--faces", "loud", "-o", "x"], "no faces for the dimension 'loud'"),
         (["rewards", "--pairs", "p.jsonl", "--faces", "polite", "--paraphrase", "9", "-o", "x"], "no paraphrase 9"),

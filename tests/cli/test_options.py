@@ -86,6 +86,20 @@ def test_every_kind_of_option_from_a_file_and_what_is_typed_wins(
     assert manifest["scoring_options"]["shard_size"] == 3
 
 
+def test_null_is_none_where_an_option_may_be_that_and_else_its_default(
+    good: Cli, tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """The default of the longest response is 512, not none."""
+    config = rewards_config(
+        tmp_path,
+        f"pairs: {pairs_file}\npatient: {tiny_folder}\noutput: {tmp_path / 'out'}\nfaces: polite\n"
+        "max-completion-length: null\nshard-size: null\nlimit: 2\ndtype: float32\ndevice: cpu\n",
+    )
+    good("rewards", "--config", config)
+    scoring = RewardStore.open(tmp_path / "out").manifest["scoring_options"]
+    assert (scoring["max_completion_length"], scoring["shard_size"]) == (None, 128)
+
+
 def test_a_switch_that_is_on_in_the_file_can_be_typed_off(good: Cli, finished: Path, tmp_path: Path) -> None:
     config = rewards_config(
         tmp_path, f"folder: {finished / 'rewards'}\nagreement: yes\noutput: {tmp_path / 'p.html'}\n"

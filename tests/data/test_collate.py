@@ -116,9 +116,9 @@ def test_parts_are_the_batch(packed: bool, most: int) -> None:
     batch = collate(rows)
     parts = in_parts(batch, most)
     found = []
-    for part in parts:
-        # A part says by its rewards which pairs it has.
-        numbers = [int(8 * value) for value in part["token_rewards"][: len(part["divergence"]), 0]]
+    for numbers, part in parts:
+        # A part says by its rewards, too, which pairs it has.
+        assert numbers == [int(8 * value) for value in part["token_rewards"][: len(part["divergence"]), 0]]
         found += numbers
         assert part["input_ids"].numel() <= most or len(numbers) == 1
         own = collate([rows[number] for number in numbers])

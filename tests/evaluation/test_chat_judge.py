@@ -91,6 +91,9 @@ def test_a_reply_that_never_holds_a_verdict_is_a_counted_tie(tmp_path):
         Say("", message={"content": None, "refusal": "No."}),
         Say("", finish_reason="content_filter"),
         Say("filtered", status=400, message={"code": "content_filter"}),
+        Say("flagged", status=400, message={"code": "invalid_prompt"}),
+        Say("too long", status=400, message={"code": "context_length_exceeded"}),
+        Say("too large", status=413),
     ],
 )
 def test_a_refusal_is_a_counted_tie_and_not_asked_again(refusal):

@@ -54,6 +54,17 @@ def answer(text: str, reason: str = "stop") -> Completion:
     return Completion(id="", text=text, finish_reason=reason)
 
 
+def test_answers_that_differ_in_blanks_only_are_no_pair(
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the pairs would refuse it."""
+    answers = [[answer("yes e"), answer("yes e\n ")], [answer("eee"), answer("a")]]
+    answers_are(monkeypatch, answers)
+    recipe = make_pairs(patient, PROMPTS[:2], tmp_path / "p.jsonl", judge=SCORER, options=replace(OPTIONS, samples=2))
+    assert recipe["pairs"] == 1
+    assert [pair.chosen for pair in load_preferences(str(tmp_path / "p.jsonl"))] == ["eee"]
+
+
 def test_best_and_worst_by_the_scorer(patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores 1, 3, −2, 0 (plus a thousandth a character): the second is chosen, the third, which was cut, rejected."""
     answers = [answer("xe"), answer("eee"), answer("aa", "length"), answer("x")]

@@ -251,6 +251,23 @@ def test_progress_counts_every_pair_once(shared_model: LoadedModel, tmp_path: Pa
         assert all(pairs > 0 for pairs in seen)
 
 
+def test_a_run_that_is_too_large_goes_on_with_fewer_tokens_at_once(shared_model: LoadedModel, tmp_path: Path) -> None:
+    whole = acquire(shared_model, some_pairs(20), tmp_path / "whole", scoring=ScoringOptions(shard_size=9))
+    shards = tmp_path / "s" / "logps"
+
+    def cut(pairs: int) -> None:
+        if (shards / "00000.parquet").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        acquire(shared_model, some_pairs(20), tmp_path / "s", scoring=ScoringOptions(shard_size=9), progress=cut)
+    less = ScoringOptions(shard_size=9, batch_tokens=300)
+    cut_off = acquire(shared_model, some_pairs(20), tmp_path / "s", scoring=less)
+    assert cut_off.fingerprint == whole.fingerprint
+    for one, other in zip(cut_off.rows(), whole.rows(), strict=True):
+        assert one["chosen_rewards"] == pytest.approx(other["chosen_rewards"], abs=1e-4)
+
+
 def both_sides(error: FingerprintMismatch) -> bool:
     """Whether the message shows, for every input that differs, what was stored and what there is now."""
     keys = [key for key in error.stored if error.stored.get(key) != error.current.get(key)]
@@ -324,7 +341,8 @@ def test_rescore_leaves_the_likelihoods_alone(shared_model: LoadedModel, tmp_pat
 def test_a_prompt_that_does_not_fit(shared_model: LoadedModel, tmp_path: Path) -> None:
     pairs = [*some_pairs(9), pair("a", "b", prompt=LONG * 10), *some_pairs(2, seed=1)]
     with pytest.raises(
-        UserError, match=r"pair 10 has a prompt of \d+ tokens, more than 512; shorten it, or set too_long"
+        UserError,
+        match=r"pair 10 \('.*' …\) has a prompt of \d+ tokens, more than 512; shorten it or take it out of the data, or set too_long",
     ):
         acquire(shared_model, pairs, tmp_path / "s")
     assert [path.name for path in (tmp_path / "s" / "logps").iterdir()] == ["00000.parquet"], "nothing finished is lost"
@@ -339,7 +357,7 @@ def test_a_prompt_that_does_not_fit(shared_model: LoadedModel, tmp_path: Path) -
 def test_a_response_that_does_not_fit(shared_model: LoadedModel, tmp_path: Path) -> None:
     scoring = ScoringOptions(max_completion_length=None)
     with pytest.raises(
-        UserError, match=r"pair 1 has prompt and response of \d+ tokens, more than the patient's context"
+        UserError, match=r"pair 1 \('.*' …\) has prompt and response of \d+ tokens, more than the patient's context"
     ):
         acquire(shared_model, [pair(LONG * 10, "b")], tmp_path / "s", scoring=scoring)
 

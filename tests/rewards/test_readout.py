@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llmdoctor.rewards.readout import (
     fit_bradley_terry,
     fit_readout,
     left_out_margins,
+    parts_of,
 )
 
 
@@ -95,9 +97,14 @@ def test_weights_are_the_optimum(pairs: int, width: int) -> None:
 
 def test_left_out_margins_do_not_see_their_own_fold() -> None:
     gaps = torch.randn(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    margins = left_out_margins(gaps, [0.5], folds=4)[0]
+    # Nine prompts, most of them asked twice or more.
+    prompts = [[1, number * number % 17] for number in range(20)]
+    parts = parts_of(prompts, 4)
+    assert {int(part) for part in parts} == {0, 1, 2, 3}
+    assert len({(tuple(prompt), int(part)) for prompt, part in zip(prompts, parts, strict=True)}) == 9
+    margins = left_out_margins(gaps, [0.5], parts)[0]
     for part in range(4):
-        out = torch.arange(20) % 4 == part
+        out = parts == part
         weights = fit_bradley_terry(gaps[~out], [0.5])[0]
         torch.testing.assert_close(margins[out], gaps[out] @ weights)
 
@@ -108,8 +115,33 @@ def test_calibration_is_the_best_scale() -> None:
     losses = [float(softplus(-scale * best * margins).mean()) for scale in (0.98, 1, 1.02)]
     assert losses[1] == min(losses)
     assert calibration(-margins.abs()) < 1e-6
-    assert calibration(margins.abs()) * float(margins.abs().mean()) == pytest.approx(100, rel=1e-6)
     assert calibration(torch.zeros(3, dtype=torch.float64)) == 1.0
+
+
+def test_pairs_of_few_prompts_are_left_out_one_by_one() -> None:
+    assert parts_of([[1], [2], [3], [4]], 2).tolist() == [0, 1, 0, 1]
+    assert parts_of([[1]] * 5, 3).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_judge_without_a_mistake_claims_what_so_many_pairs_allow() -> None:
+    """As with one mistake of mean size: odds of N to one, not of any number to one."""
+    margins = torch.ones(40, dtype=torch.float64) * 3
+    assert calibration(margins) * 3 == pytest.approx(math.log(40), rel=1e-6)
+    with_a_mistake = torch.cat([margins, -margins[:1]])
+    assert calibration(with_a_mistake) * 3 == pytest.approx(math.log(40), rel=1e-6)
+    # A mistake too small to be one changes next to nothing.
+    barely = torch.cat([margins, torch.tensor([-1e-9], dtype=torch.float64)])
+    assert calibration(barely) * 3 == pytest.approx(math.log(40), rel=0.02)
+
+
+def test_pairs_that_were_given_twice_tell_nothing_about_themselves(shared_model: LoadedModel) -> None:
+    """Labels at random: left out with its double, a pair is told right by chance."""
+    pairs = [
+        replace(one, chosen=one.rejected, rejected=one.chosen) if number * number % 11 % 2 else one
+        for number, one in enumerate(some_pairs(60))
+    ]
+    twice = [one for one in pairs for _ in range(2)]
+    assert fit_readout(shared_model, twice).fit.accuracy < 0.7
 
 
 def test_it_learns_what_the_pairs_say_and_not_what_they_do_not(shared_model: LoadedModel) -> None:

@@ -78,7 +78,7 @@ def test_it_is_the_two_trained_apart_and_merged(
 
     apart = [
         train(load(tiny_folder), store, tmp_path / "rounds", replace(both, pairs_weight=0.0), patient=patient),
-        train(load(tiny_folder), store, tmp_path / "pairs", replace(both, rounds=0), both.pairs_objective),
+        train(load(tiny_folder), store, tmp_path / "pairs", RoundOptions(rounds=0), both.pairs_objective),
     ]
     # The mean of both.
     expected = adapter(merge_doctors(apart, [0.75, 0.25], tmp_path / "merged"))
@@ -166,7 +166,7 @@ def test_other_weights_are_another_training(tiny_folder: Path, store: RewardStor
     said = {
         replace(ROUNDS, pairs_weight=0.75): r"pairs_weight: stored 0\.25, now 0\.75",
         replace(ROUNDS, pairs_weight=0.0): r"pairs_weight: stored 0\.25, now |\(rounds: stored \d, now 0",
-        replace(ROUNDS, rounds=0): r"pairs_weight: stored 0\.25, now |\(rounds: stored \d, now 0",
+        RoundOptions(rounds=0): r"pairs_weight: stored 0\.25, now |\(rounds: stored \d, now 0",
         BALANCED: "pairs_objective: stored none, now subtb",
     }
     for other, message in said.items():
@@ -204,13 +204,13 @@ def test_another_name_is_everywhere(tiny_folder: Path, store: RewardStore, tmp_p
 def test_only_what_belongs_to_the_new_doctor_stays(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     folder = train(load(tiny_folder), store, tmp_path / "both", patient=load(tiny_folder))
     assert (folder / READOUT_FOLDER).is_dir()
-    train(load(tiny_folder), store, folder, replace(ROUNDS, rounds=0), resume=False)
+    train(load(tiny_folder), store, folder, RoundOptions(rounds=0), resume=False)
     assert not (folder / READOUT_FOLDER).exists()
     assert (folder / "adapter").is_dir()
 
 
 def test_pairs_first_is_one_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
-    first = replace(ROUNDS, pairs_first=True)
+    first = replace(ROUNDS, pairs_first=True, pairs_weight=0.0)
     folder = train(load(tiny_folder), store, tmp_path / "first", first, patient=load(tiny_folder))
     assert not (folder / "checkpoints" / "parts").exists()
     assert "merged" not in DoctorConfig.load(folder).training

@@ -32,11 +32,11 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import READOUT_FOLDER, Doctor
+from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, load_model
-from llmdoctor.rewards.readout import Readout, fit_readout
+from llmdoctor.rewards.readout import Readout, fit_readout, fit_readout_to_ids
 from llmdoctor.rewards.store import RewardStore
-from llmdoctor.tfpo import rounds
+from llmdoctor.tfpo import lesson, rounds
 from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, answering, draw_answers
 from llmdoctor.tfpo.train import train_doctor
@@ -219,7 +219,7 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
         )
 
     folder = train("rounds", OPTIONS, told=lambda what, units: heard.append((what, units)))
-    plain = train("plain", replace(OPTIONS, rounds=0))
+    plain = train("plain", RoundOptions(rounds=0))
     assert not (plain / READOUT_FOLDER).exists()
     recorded = json.loads((folder / "doctor.json").read_text())
     assert recorded["training"]["rounds"] == 2
@@ -376,10 +376,54 @@ def test_a_setting_that_rounds_do_not_go_by_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        (
+            RoundOptions(rounds=0, round_eta=0.3),
+            "round_eta 0.3 is a setting of the training in rounds, and rounds is 0",
+        ),
+        (
+            RoundOptions(rounds=0, pairs_objective="subtb"),
+            "pairs_objective subtb is a setting of the training in rounds",
+        ),
+        (
+            RoundOptions(rounds=1, pairs_first=True, pairs_weight=0.2),
+            "with pairs_first there is but one: leave them out",
+        ),
+    ],
+)
+def test_a_setting_of_rounds_that_there_are_not_is_refused(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore, rounds: RoundOptions, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_doctor(load(tiny_folder), store, config(tmp_path / "d"), rounds=rounds, patient=load(tiny_folder))
+    assert not (tmp_path / "d").exists()
+
+
+def test_of_many_pairs_the_readout_reads_some_from_first_to_last(
+    tiny_folder: Path, tmp_path: Path, store: RewardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lesson, "READOUT_PAIRS", 5)
+    read: list[int] = []
+
+    def fit(patient: LoadedModel, pairs: Any, **options: Any) -> Readout:
+        read.extend(rows.index((chosen, rejected)) for _, chosen, rejected in pairs)
+        return fit_readout_to_ids(patient, pairs, **{**options, "folds": 2})
+
+    rows = [(row["chosen_ids"], row["rejected_ids"]) for row in store.rows()]
+    monkeypatch.setattr(lesson, "fit_readout_to_ids", fit)
+    options = replace(OPTIONS, rounds=1)
+    folder = train_doctor(load(tiny_folder), store, config(tmp_path / "d"), rounds=options, patient=load(tiny_folder))
+    count = int(DoctorConfig.load(folder).metrics["train_pairs"])
+    assert read == list(range(0, count, -(-count // 5)))
+    assert len(read) == 5 or count < 10
+
+
+@pytest.mark.parametrize(
     ("settings", "rounds"),
     [
-        ({"eta": 0.3}, replace(OPTIONS, rounds=0)),
-        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_first=True)),
+        ({"eta": 0.3}, RoundOptions(rounds=0, round_batch_size=3)),
+        ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_first=True, pairs_weight=0.0)),
         ({"eta": 0.3}, replace(OPTIONS, rounds=1, pairs_weight=0.5, pairs_objective="subtb")),
         ({"eta": 0.3, "branch_coef": 1.0}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),
         ({"leaf_beta": 0.2}, replace(OPTIONS, rounds=1, pairs_weight=0.5)),

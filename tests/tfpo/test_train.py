@@ -15,6 +15,7 @@ from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, load, save_tin
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from llmdoctor.baselines.genarm import train_genarm
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
@@ -22,7 +23,7 @@ from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import digest
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
-from llmdoctor.rewards.store import RewardStore
+from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.tfpo.checkpoints import last_checkpoint
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.options import RECORDED, DoctorOptions, lora_arguments, recorded
@@ -238,6 +239,25 @@ def test_a_base_of_another_tokenizer(tiny_folder: Path, store: RewardStore, tmp_
     assert guided.logps != pytest.approx(alone.logps, abs=1e-3)
     with pytest.raises(FingerprintMismatch):
         train_doctor(load(tiny_folder), store, checkpointed(output, max_steps=6), rounds=PAIRS, options=OPTIONS)
+
+
+def test_pairs_that_a_base_cannot_read_are_told_before_anything_is_read(
+    tiny_tokenizer: Any, store: RewardStore, tmp_path: Path
+) -> None:
+    """Beyond its context a model with rotary positions would say something, if nothing that it was taught."""
+    most = max(len(row[f"{side}_ids"]) for row in store.rows() for side in SIDES)
+    small = save_tiny(tmp_path / "small", tiny_tokenizer, seed=5, context=most + 4)
+    message = (
+        rf"pair \d+ has a prompt of \d+ and a response of \d+ tokens, more than .*small's context of {most + 4}: gi"
+    )
+    for rounds in (PAIRS, RoundOptions(rounds=1)):
+        with pytest.raises(UserError, match=message):
+            train_doctor(load(small), store, checkpointed(tmp_path / "d"), rounds=rounds, options=OPTIONS)
+    with pytest.raises(UserError, match=message):
+        train_genarm(load(small), store, tmp_path / "g")
+    assert not (tmp_path / "d").exists()
+    settings = checkpointed(tmp_path / "d", max_steps=1, max_prompt_length=4)
+    assert train_doctor(load(small), store, settings, rounds=PAIRS, options=OPTIONS).is_dir()
 
 
 def test_a_base_that_keeps_its_weights_the_other_way_round(

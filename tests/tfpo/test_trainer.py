@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -254,6 +255,28 @@ def test_a_batch_in_parts_is_the_batch(tiny_folder: Path, store: RewardStore, tm
             assert {k: float(v) for k, v in entry.items()} == pytest.approx(
                 {k: float(v) for k, v in whole.items()}, rel=1e-3, abs=1e-5
             )
+
+
+def test_held_out_pairs_are_read_in_parts_to_the_same_figures(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path
+) -> None:
+    found, predicted = [], []
+    for most in (100_000, 150, 1):
+        doctor = shaken(fresh_doctor(load(tiny_folder)))
+        sizes: list[int] = []
+        settings = config(tmp_path / str(most), max_tokens_at_once=most, per_device_eval_batch_size=8)
+        trainer = TFPOTrainer(doctor, settings, None, store.dataset())
+        doctor.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(inputs[0].numel()))
+        figures = trainer.evaluate()
+        assert most == 1 or max(sizes) <= most
+        assert most > 1 or len(sizes) == len(store)
+        found.append({name: value for name, value in figures.items() if "time" not in name and "second" not in name})
+        # In the order of the pairs, whatever was read together.
+        predicted.append(trainer.predict(trainer.eval_dataset).predictions)
+    for figures, rewards in zip(found[1:], predicted[1:], strict=True):
+        assert figures == pytest.approx(found[0], rel=1e-4)
+        np.testing.assert_allclose(rewards, predicted[0], rtol=1e-3, atol=1e-5)
+    assert np.abs(predicted[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

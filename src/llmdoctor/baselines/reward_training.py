@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback
 
 from llmdoctor.baselines.training import (
+    TOKENS_AT_ONCE,
     AdapterTraining,
     BaselineOptions,
     longest_response,
@@ -35,7 +36,7 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.trainer import preference_metrics
 
 EVAL_PAIRS = 16
-"""Held-out pairs in one forward pass."""
+"""Held-out pairs in one forward pass, at most."""
 
 
 def train_reward_model(
@@ -161,8 +162,10 @@ def _held_out_metrics(model: Any, rows: Any | None, encoder: ChatEncoder, collat
         return {}
     model.eval()
     scores = []
-    for start in range(0, len(rows), EVAL_PAIRS):
-        columns = _responses(token_rows(rows[start : start + EVAL_PAIRS], encoder))
+    fitting = TOKENS_AT_ONCE // (2 * longest_response(token_rows(rows[:], encoder)))
+    at_once = max(1, min(EVAL_PAIRS, fitting))
+    for start in range(0, len(rows), at_once):
+        columns = _responses(token_rows(rows[start : start + at_once], encoder))
         batch = collate([dict(zip(columns, pair, strict=True)) for pair in zip(*columns.values(), strict=True)])
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         scores.append(model(**inputs, use_cache=False).logits.float().view(2, -1).T.cpu())

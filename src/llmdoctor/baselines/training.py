@@ -28,12 +28,12 @@ from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import check_same_training, claim_checkpoints, training_identity
-from llmdoctor.tfpo.lesson import split_rows
+from llmdoctor.tfpo.lesson import need_room, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 8192
 """That TRL's trainers read at once, with their padding, in the worst of all batches, counted as `data.collate.in_parts`
 does; what a batch has beyond that is added up."""
 
@@ -95,7 +95,7 @@ class BaselineOptions:
         fitting = [
             pairs
             for pairs in range(1, self.batch_pairs + 1)
-            if self.batch_pairs % pairs == 0 and tokens_worth(2 * pairs, longest, scores) <= _TOKENS_AT_ONCE
+            if self.batch_pairs % pairs == 0 and tokens_worth(2 * pairs, longest, scores) <= TOKENS_AT_ONCE
         ]
         at_once = max(fitting, default=1)
         return {
@@ -177,8 +177,8 @@ def open_run(
     """Split the store, see what stands in `output`, and make the base ready to be trained.
 
     Raises:
-        UserError: rewards in the output folder itself or of another tokenizer whose tokens are no bytes, or too few
-            pairs.
+        UserError: rewards in the output folder itself or of another tokenizer whose tokens are no bytes, too few
+            pairs, or one that does not fit into the base's context.
         FingerprintMismatch: the folder holds another result, or checkpoints of one.
         ValueError: `base` is part of a doctor already.
     """
@@ -187,7 +187,9 @@ def open_run(
         raise UserError(f"{output} holds the token rewards; give the {method} baseline a folder of its own")
     if hasattr(base.model, "peft_config"):
         raise ValueError(f"{base.spec} carries an adapter already; load the base again for another baseline")
-    train_set, held_out = split_rows(rewards_for(base, rewards), eval_fraction)
+    carried = rewards_for(base, rewards)
+    need_room(base, carried)
+    train_set, held_out = split_rows(carried, eval_fraction)
     finished = output / _last_file(config)
     if not resume:
         # Else a run that is cut would leave the result of other settings to be found.

@@ -251,7 +251,7 @@ class Kit:
         return self._once(("readout",), fit)
 
     def good_reward(self, seed: int) -> float:
-        """Mean reward of the preferred responses of the training pairs: what an answer should reach."""
+        """Mean reward of the preferred responses of all pairs, held-out ones too: what an answer should reach."""
 
         def measure() -> float:
             pairs = self.pairs()

@@ -31,7 +31,10 @@ def read_defaults(path: Path, parameters: list[Any]) -> dict[str, Any]:
             names = ", ".join(sorted(name.replace("_", "-") for name in known))
             raise UserError(f"{path}: unknown option {key!r}; known: {names}")
         if value in _UNSET:
-            continue
+            # What may be none is set to it: its default need not be that.
+            if not str(getattr(parameter, "metavar", "")).endswith("|none>"):
+                continue
+            value = "none"
         if parameter.name in defaults:
             raise UserError(f"{path}: {key!r} is given twice")
         defaults[parameter.name] = _value(path, key, value, parameter)

@@ -80,6 +80,8 @@ def pairs(
     """
     if scorer and faces:
         raise UserError("give either --scorer or --faces, not both")
+    if not faces and (faces_file is not None or paraphrase != 1):
+        raise UserError("--faces-file and --paraphrase say which faces are meant by --faces DIMENSION; give that, too")
     refuse_existing(output, overwrite)
     from llmdoctor.data.prompts import load_prompts
 

@@ -108,7 +108,9 @@ class RewardCollator:
         return padded
 
 
-def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = False) -> list[dict[str, Any]]:
+def in_parts(
+    batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = False
+) -> list[tuple[list[int], dict[str, Any]]]:
     """A collated batch as several, each of at most about `most_tokens` tokens with their padding, or of one pair.
 
     Pairs of similar length come together, and padding that a part does not need is left off. A mean over the batch's
@@ -119,12 +121,15 @@ def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = Fa
         most_tokens: how many.
         keeps_scores: attention keeps all scores of a row, as eager attention does; then a token of a row of c columns
             counts as 1 + c / 256.
+
+    Returns:
+        Of each part the places of its pairs in the batch, and the part.
     """
     scores = SCORES_A_TOKEN_IN_MEMORY if keeps_scores else math.inf
-    if tokens_worth(len(batch["input_ids"]), batch["input_ids"].shape[1], scores) <= most_tokens:
-        return [batch]
-    packed = batch["prompt_width"] is None
     pairs = len(batch["completion_mask"]) // 2
+    if tokens_worth(len(batch["input_ids"]), batch["input_ids"].shape[1], scores) <= most_tokens:
+        return [(list(range(pairs)), batch)]
+    packed = batch["prompt_width"] is None
     rows = 1 if packed else 2
     lengths = batch["attention_mask"].sum(-1).view(rows, pairs).amax(0)
     parts: list[list[int]] = []
@@ -134,7 +139,7 @@ def in_parts(batch: dict[str, Any], most_tokens: int, *, keeps_scores: bool = Fa
             parts.append([])
             longest = int(lengths[place])
         parts[-1].append(place)
-    return [_part(batch, torch.tensor(part), pairs) for part in parts]
+    return [(part, _part(batch, torch.tensor(part), pairs)) for part in parts]
 
 
 def tokens_worth(rows: int, columns: int, scores_a_token: float = SCORES_A_TOKEN) -> float:

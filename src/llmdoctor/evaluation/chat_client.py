@@ -17,6 +17,10 @@ from llmdoctor.evaluation.judge_cache import Reply
 
 _LONGEST_BACKOFF_S = 60.0
 
+_DECLINED = ("content_filter", "content_policy_violation", "invalid_prompt", "context_length_exceeded")
+"""Codes of errors that are about one question and not about how it is asked: Azure's filter, OpenAI's, its reasoning
+models', and a question that is too long. Another question may pass, this one never will."""
+
 _WHAT_TO_DO = {
     400: "if the model does not take these parameters, change or remove them (--judge-params)",
     401: "check the key in the environment variable {key}",
@@ -112,8 +116,7 @@ class ChatClient:
 
     def _refused(self, error: Any) -> Reply | _Failure:
         status, said = int(error.status_code), _server_message(error)
-        if status == 400 and error.code == "content_filter":
-            # Azure's filter says so by an error; another question may pass, this one never will.
+        if status == 413 or (status == 400 and error.code in _DECLINED):
             return Reply(_one_line(said), declined=True, input_tokens=0, output_tokens=0, metered=False)
         # An account without money answers 429 for ever.
         passing = status in (408, 409, 425, 429) or status >= 500

@@ -214,7 +214,8 @@ def _choose(
         if gap == 0 or gap < options.min_gap:
             return None
         best, worst = usable[order[-1]], usable[order[0]]
-    if best.text == worst.text:
+    # As whoever reads the pairs compares them.
+    if best.text.strip() == worst.text.strip():
         return None
     return PreferencePair(
         prompt=prompt.messages,

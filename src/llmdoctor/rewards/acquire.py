@@ -52,7 +52,8 @@ class ScoringOptions:
         max_prompt_length: longest prompt in tokens under either face; None is the patient's context.
         max_completion_length: longer responses are cut there and lose their terminal state; None cuts nothing.
         too_long: what to do with a prompt that does not fit: "error" or "skip" (counted).
-        batch_tokens: padded completion and prompt tokens in one forward pass; bounds memory.
+        batch_tokens: padded completion and prompt tokens in one forward pass; bounds memory, and changes nothing else
+            but rounding, so that a run may go on with less.
         shard_size: pairs a file; what a kill can cost at most.
     """
 
@@ -168,7 +169,8 @@ def _prepare_manifest(
         **patient.fingerprint,
         "template": encoder.fingerprint(),
         "faces": faces.fingerprint(),
-        "scoring": digest(asdict(scoring)),
+        # As by default, whatever it is: what was made by default is still what it was.
+        "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
     }
     stored = read_manifest(folder)
     if stored is not None:
@@ -274,8 +276,10 @@ class _ShardWriter:
             what = f"a prompt of {longest} tokens, more than {limit}"
             if longest <= limit:
                 what = f"prompt and response of {total} tokens, more than the patient's context of {self.context}"
+            begin = " ".join(str(pair.prompt[-1]["content"]).split())[:60]
             raise UserError(
-                f"pair {number + 1} has {what}; shorten it, or set too_long to 'skip' to leave such pairs out"
+                f"pair {number + 1} ({begin!r} …) has {what}; shorten it or take it out of the data, or set too_long "
+                "to 'skip' to leave such pairs out"
             )
         if not all(side.ids for side in sides):
             raise UserError(f"pair {number + 1} has an empty response that is not complete; there is nothing to score")

@@ -4,9 +4,9 @@
 
 h_k is what the frozen patient's k-th layer says after the token, w_k has one weight a dimension. Pairs fit each layer
 by itself in the Bradley-Terry model, P(y⁺ above y⁻) = σ(R(x, y⁺) − R(x, y⁻)), with a ridge on standardised states, the
-one with the lowest loss on pairs left out. The layers err in different ways, so their judgements, each divided by its
-spread over pairs left out, are added up, and the sum is scaled to be as sure as pairs left out allow. So R is in nats
-of the Bradley-Terry model; a token's part of it is a dense token reward.
+one with the lowest loss on pairs left out, all of a prompt at once. The layers err in different ways, so their
+judgements, each divided by its spread over pairs left out, are added up, and the sum is scaled to be as sure as pairs
+left out allow. So R is in nats of the Bradley-Terry model; a token's part of it is a dense token reward.
 
 Sources: Bradley & Terry (1952); Alain & Bengio, "Understanding intermediate layers using linear classifier probes"
 (arXiv 1610.01644). That the patient's states judge as well as a reward model trained on the same pairs is measured in
@@ -17,6 +17,7 @@ Shapes: N pairs, L completion tokens, D hidden size, K layers read (0 is the emb
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,7 +176,8 @@ def fit_readout(
         pairs: at least two a fold.
         layers: which are read, 0 … the number of layers; those at `DEPTHS` if None.
         ridges: candidates for each layer's ridge.
-        folds: pairs are left out in so many parts, the i-th pair in part i mod `folds`.
+        folds: pairs are left out in so many parts, those of the i-th prompt in part i mod `folds` (of fewer prompts
+            than parts, the i-th pair).
         max_completion_length: answers are read so far; None reads all.
         progress: called with the number of pairs read.
 
@@ -210,6 +212,7 @@ def fit_readout_to_ids(
     if not tried or not ridges or tried[0] < 0 or tried[-1] > depth:
         raise UserError(f"layers must lie in 0 … {depth} and ridges must not be empty, got {tried} and {list(ridges)}")
     pooled = _pooled(patient, rows, tried, progress)
+    parts = parts_of([prompt for prompt, *_ in pairs], folds)
     found: list[Tensor] = []
     chosen: list[float] = []
     together = torch.zeros(count, dtype=torch.float64)
@@ -218,7 +221,7 @@ def fit_readout_to_ids(
         # Two layers with like states, or a dead dimension: no division by nothing.
         scale = gaps.square().mean(0).sqrt().clamp(min=1e-6 * float(gaps.abs().max().clamp(min=1e-30)))
         scale = scale * gaps.shape[1] ** 0.5
-        margins = left_out_margins(gaps / scale, ridges, folds)
+        margins = left_out_margins(gaps / scale, ridges, parts)
         best = min(range(len(ridges)), key=lambda index: float(softplus(-margins[index]).mean()))
         spread = float(margins[best].square().mean().sqrt()) or 1.0
         found.append(fit_bradley_terry(gaps / scale, [ridges[best]])[0] / scale / spread)
@@ -233,7 +236,10 @@ def fit_readout_to_ids(
 
 
 def calibration(margins: Tensor) -> float:
-    """a ≥ 0 with the lowest Σ_i log(1 + exp(−a · margin_i)); at most 100 over the margins' mean size.
+    """a ≥ 0 with the lowest Σ_i log(1 + exp(−a · margin_i)).
+
+    N pairs without a mistake would ask for a → ∞, but are no more than that: where the mistakes do not add up to one
+    of mean size, what is missing counts as told wrongly. So a judge without any claims some log N nats.
 
     Args:
         margins: [N] float64.
@@ -241,22 +247,34 @@ def calibration(margins: Tensor) -> float:
     size = float(margins.abs().mean())
     if size == 0:
         return 1.0
+    missing = max(0.0, 1 + float(margins.clamp(max=0).sum()) / size)
     low, high = 0.0, 100 / size
-    # The slope grows with a, so its zero is found by halving; where no pair is told wrongly there is none.
+    # The slope grows with a, so its zero is found by halving.
     for _ in range(60):
         middle = (low + high) / 2
-        if float((margins * torch.sigmoid(-middle * margins)).sum()) > 0:
+        doubt = missing * size / (1 + math.exp(-middle * size))
+        if float((margins * torch.sigmoid(-middle * margins)).sum()) > doubt:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def left_out_margins(gaps: Tensor, ridges: Sequence[float], folds: int) -> list[Tensor]:
-    """For each ridge, the margin [N] of every pair under weights that were fitted without its fold."""
+def parts_of(prompts: Sequence[Sequence[int]], folds: int) -> Tensor:
+    """In which of `folds` parts each pair is left out, [N]: with those that it shares its prompt with.
+
+    Pairs of one prompt may share their answers, and would tell what they are asked about.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if len(numbers) < folds:
+        return torch.arange(len(prompts)) % folds
+    return torch.tensor([numbers[tuple(prompt)] % folds for prompt in prompts])
+
+
+def left_out_margins(gaps: Tensor, ridges: Sequence[float], parts: Tensor) -> list[Tensor]:
+    """For each ridge, the margin [N] of every pair under weights that were fitted without its part."""
     found = [gaps.new_zeros(len(gaps)) for _ in ridges]
-    parts = torch.arange(len(gaps)) % folds
-    for part in range(folds):
+    for part in parts.unique():
         out = parts == part
         for margins, weights in zip(found, fit_bradley_terry(gaps[~out], ridges), strict=True):
             margins[out] = gaps[out] @ weights
@@ -264,9 +282,10 @@ def left_out_margins(gaps: Tensor, ridges: Sequence[float], folds: int) -> list[
 
 
 def fit_bradley_terry(gaps: Tensor, ridges: Sequence[float]) -> list[Tensor]:
-    """argmin_w Σ_i log(1 + exp(−w · gap_i)) + ridge/2 · |w|², for each ridge, by Newton's method in the dual.
+    """argmin_w Σ_i log(1 + exp(−w · gap_i)) + ridge/2 · |w|², for each ridge, by Newton's method.
 
-    With w = Σ_i a_i gap_i the condition is ridge · a_i = σ(−w · gap_i): N unknowns however wide the states are.
+    Of few pairs in the dual, with w = Σ_i a_i gap_i and ridge · a_i = σ(−w · gap_i): N unknowns however wide the states
+    are. Of many for w itself: D unknowns however many the pairs are.
 
     Args:
         gaps: [N, D] float64, preferred minus other.
@@ -275,28 +294,31 @@ def fit_bradley_terry(gaps: Tensor, ridges: Sequence[float]) -> list[Tensor]:
     Returns:
         [D] weights for each ridge.
     """
-    gram = gaps @ gaps.T
-    dual = gaps.new_zeros(len(gaps))
-    eye = torch.eye(len(gaps), dtype=gaps.dtype)
+    count, width = gaps.shape
+    few = count <= width
+    gram = gaps @ gaps.T if few else gaps
+    eye = torch.eye(min(count, width), dtype=gaps.dtype)
+
+    def condition(unknowns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        odds = torch.sigmoid(-gram @ unknowns)
+        return ridge * unknowns - (odds if few else gaps.T @ odds), odds
+
+    unknowns = gaps.new_zeros(len(eye))
     found = []
     for ridge in ridges:
         for _ in range(100):
-            odds = torch.sigmoid(-gram @ dual)
-            residual = ridge * dual - odds
+            residual, odds = condition(unknowns, ridge)
             if float(residual.abs().max()) < 1e-9:
                 break
-            step = torch.linalg.solve(ridge * eye + (odds * (1 - odds))[:, None] * gram, residual)
+            curved = (odds * (1 - odds))[:, None] * gram
+            step = torch.linalg.solve(ridge * eye + (curved if few else gaps.T @ curved), residual)
             # Far from the optimum a whole step may overshoot.
             size = 1.0
-            while size > 1e-3 and _residual(gram, dual - size * step, ridge) > float(residual.norm()):
+            while size > 1e-3 and float(condition(unknowns - size * step, ridge)[0].norm()) > float(residual.norm()):
                 size /= 2
-            dual = dual - size * step
-        found.append(gaps.T @ dual)
+            unknowns = unknowns - size * step
+        found.append(gaps.T @ unknowns if few else unknowns)
     return found
-
-
-def _residual(gram: Tensor, dual: Tensor, ridge: float) -> float:
-    return float((ridge * dual - torch.sigmoid(-gram @ dual)).norm())
 
 
 def _pooled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.data.collate import RewardCollator
+from llmdoctor.decoding.lane import context_of
 from llmdoctor.errors import UserError
 from llmdoctor.files import digest, fill_folder
 from llmdoctor.models.doctor import ADAPTER_FOLDER, CONFIG_NAME, MODEL_FOLDER, READOUT_FOLDER, Doctor, DoctorConfig
@@ -29,6 +32,10 @@ from llmdoctor.tfpo.rounds import ReadoutJudge, RoundOptions, RoundsTrainer, ans
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
 _log = logging.getLogger(__name__)
+
+READOUT_PAIRS = 4096
+"""A read-out for rounds is fitted to so many pairs at most, evenly spread over them: it has a weight a dimension of
+some states to learn, and more pairs would take the patient's reading and memory for little."""
 
 Told = Callable[[str, int], None]
 
@@ -205,20 +212,25 @@ class Lesson:
 
 
 def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel, told: Told) -> Readout:
-    """The patient's read-out of the first `count` pairs, kept among the checkpoints, which belong to these rewards."""
+    """The patient's read-out of the first `count` pairs, `READOUT_PAIRS` of them.
+
+    It is kept among the checkpoints, which belong to these rewards.
+    """
     if count < 4:
         raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
     folder = checkpoints / READOUT_FOLDER
     if (folder / READOUT_CONFIG).is_file():
         return Readout.from_pretrained(folder, patient)
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
-    told("reading the pairs for the read-out", count)
+    every = -(-count // READOUT_PAIRS)
+    pairs = [
+        (encoder.prompt_ids(json.loads(row["prompt"])), row["chosen_ids"], row["rejected_ids"])
+        for row in itertools.islice(rewards.rows(count), 0, None, every)
+    ]
+    told("reading the pairs for the read-out", len(pairs))
     readout = fit_readout_to_ids(
         patient,
-        [
-            (encoder.prompt_ids(json.loads(row["prompt"])), row["chosen_ids"], row["rejected_ids"])
-            for row in rewards.rows(count)
-        ],
+        pairs,
         # Few pairs are left out in fewer parts.
         folds=min(5, count // 2),
         progress=lambda units: told("", units),
@@ -245,6 +257,22 @@ def split_rows(rewards: RewardStore, eval_fraction: float) -> tuple[Any, Any | N
     if cut < 1:
         raise UserError(f"{len(dataset)} pairs leave none to train on with eval_fraction {eval_fraction}")
     return dataset.select(range(cut)), dataset.select(range(cut, len(dataset))) if held_out else None
+
+
+def need_room(base: LoadedModel, rewards: RewardStore, max_prompt_length: int | None = None) -> None:
+    """UserError for a pair that the base cannot read as a whole. The patient, which has read them all, can."""
+    if rewards.fingerprint.get("model") == base.fingerprint["model"]:
+        return
+    collator = RewardCollator(ChatEncoder.for_model(base.model, base.tokenizer), max_prompt_length)
+    context = context_of(base.model)
+    for number, row in enumerate(rewards.rows(), 1):
+        prompt, response = len(collator.prompt_ids(row)), max(len(row[f"{side}_ids"]) for side in SIDES)
+        if prompt + response > context:
+            raise UserError(
+                f"pair {number} has a prompt of {prompt} and a response of {response} tokens, more than {base.spec}'s "
+                f"context of {context}: give max_prompt_length (the last so many tokens of a prompt are kept), or "
+                "score the pairs again with a smaller max_completion_length"
+            )
 
 
 def _held_out_figures(trainer: TFPOTrainer) -> dict[str, float]:

@@ -71,6 +71,9 @@ def recorded(config: TFPOConfig) -> dict[str, Any]:
 
 def training_record(config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions) -> dict[str, Any]:
     """What a doctor's card says of its training: `recorded`, what is trained, and how the rounds go."""
+    if not rounds.rounds:
+        # Nothing else of them decides anything then.
+        rounds = RoundOptions(rounds=0, round_batch_size=rounds.round_batch_size)
     settings = {**recorded(config), **vars(options), **vars(rounds)}
     if not rounds.merges:
         # They decide nothing then, and what was made before they were there is still what it was.

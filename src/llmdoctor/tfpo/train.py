@@ -17,7 +17,7 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import Lesson, Told, first_process, split_rows
+from llmdoctor.tfpo.lesson import Lesson, Told, first_process, need_room, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -67,7 +67,8 @@ def train_doctor(
 
     Raises:
         UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, too few pairs,
-            or a setting of `config` that nothing in this training goes by.
+            one that does not fit into the base's context, or a setting of `config` or `rounds` that nothing in this
+            training goes by.
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
@@ -82,6 +83,7 @@ def train_doctor(
     if output.resolve() == rewards.folder.resolve():
         raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
     carried = rewards_for(base, rewards)
+    need_room(base, carried, config.max_prompt_length)
     train_set, held_out = split_rows(carried, options.eval_fraction)
     config = copy.copy(config)
     if held_out is None:
@@ -123,7 +125,23 @@ def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool
 
 def _check_heard(config: TFPOConfig, rounds: RoundOptions) -> None:
     """UserError for a setting that was changed and that nothing in this training would go by."""
-    if not rounds.rounds or rounds.pairs_first:
+    usual = RoundOptions()
+    if not rounds.rounds:
+        # How many answers are drawn together is never asked for what it decides.
+        deaf = {field.name for field in fields(RoundOptions)} - {"rounds", "pairs_weight", "round_batch_size"}
+        for name in sorted(deaf):
+            if getattr(rounds, name) != getattr(usual, name):
+                raise UserError(
+                    f"{name} {getattr(rounds, name)} is a setting of the training in rounds, and rounds is 0: leave it "
+                    "out, or give rounds"
+                )
+        return
+    if rounds.pairs_first:
+        if rounds.pairs_objective != usual.pairs_objective or rounds.pairs_weight not in (0, usual.pairs_weight):
+            raise UserError(
+                "pairs_weight and pairs_objective are of a second doctor, and with pairs_first there is but one: leave "
+                "them out"
+            )
         return
     defaults = {field.name: field.default for field in fields(TFPOConfig)}
     if rounds.merges:

@@ -151,8 +151,8 @@ class TFPOTrainer(Trainer):
         parts = in_parts(inputs, self.args.max_tokens_at_once, keeps_scores=attention == "eager")
         pairs = len(inputs["divergence"])
         loss: Tensor | None = None
-        for number, part in enumerate(parts, 1):
-            self._share = len(part["divergence"]) / pairs
+        for number, (places, part) in enumerate(parts, 1):
+            self._share = len(places) / pairs
             # Several processes add up their gradients once a batch: they may read it in different numbers of parts.
             with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
                 found: Tensor = super().training_step(model, part, num_items_in_batch)
@@ -204,10 +204,17 @@ class TFPOTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss and the implicit rewards log π̂/π_ref of both responses, [B, 2]."""
+        """Loss and the implicit rewards log π̂/π_ref of both responses, [B, 2]; read in parts as in training."""
         inputs = self._prepare_inputs(inputs)
+        pairs = len(inputs["divergence"])
+        losses: list[Tensor] = []
+        rewards = torch.empty(pairs, 2, device=inputs["divergence"].device)
         with torch.no_grad():
-            loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
+            # Without a backward pass no layer's scores are kept.
+            for places, part in in_parts(inputs, self.args.max_tokens_at_once):
+                found, rewards[places] = self.compute_loss(model, part, return_outputs=True)
+                losses.append(found * len(places) / pairs)
+        loss = torch.stack(losses).sum()
         if prediction_loss_only:
             return loss, None, None
         return loss, rewards, torch.ones(rewards.shape[0], device=rewards.device)
