@@ -342,7 +342,7 @@ def test_a_prompt_that_does_not_fit(shared_model: LoadedModel, tmp_path: Path) -
     pairs = [*some_pairs(9), pair("a", "b", prompt=LONG * 10), *some_pairs(2, seed=1)]
     with pytest.raises(
         UserError,
-        match=r"pair 10 \('.*' …\) has a prompt of \d+ tokens, more than 512; shorten it or take it out of the data, or set too_long",
+        match=r"pair 10 \('.*' …\) has a prompt of \d+ tokens, more than 512; shorten it or take it out",
     ):
         acquire(shared_model, pairs, tmp_path / "s")
     assert [path.name for path in (tmp_path / "s" / "logps").iterdir()] == ["00000.parquet"], "nothing finished is lost"
