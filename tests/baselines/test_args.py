@@ -104,9 +104,9 @@ def test_without_weight_greedy_is_the_patients(patient: LoadedModel, critic: Rew
 
 def test_a_broken_model_ends_its_rows(patient: LoadedModel, critic: RewardModel) -> None:
     broken = copy.deepcopy(critic.model)
+    bad = RewardModel(broken, critic.tokenizer, "bad", critic.fingerprint)
     with torch.no_grad():
         broken.score.weight.fill_(torch.nan)
-    bad = RewardModel(broken, critic.tokenizer, "bad", critic.fingerprint)
     done = ARGS(patient, bad).generate([ask("Hi")])[0]
     assert (done.finish_reason, done.token_ids, done.logps) == ("error", [], [])
 

@@ -88,7 +88,7 @@ def test_where_texts_are_long_gradients_are_added_up(
     """Fewer pairs at once, the same steps and weights."""
     ends, read = [], []
     for most in (100_000, 1):
-        monkeypatch.setattr(training, "_TOKENS_AT_ONCE", most)
+        monkeypatch.setattr(training, "TOKENS_AT_ONCE", most)
         # Adam divides tiny gradients by their own size, which would turn rounding into whole steps.
         trainer = dpo_trainer(load(tiny_folder), store.dataset(), OPTIONS, BETA, tmp_path / str(most))
         trainer.args.optim = "sgd"

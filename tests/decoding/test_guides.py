@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_load_guide(tiny_folder: Path, tmp_path: Path, patient: LoadedModel) -> 
     assert reference.fingerprint == patient.fingerprint
     with pytest.raises(UserError, match="form must be one of ratio, product, got 'sum'"):
         load_guide(tmp_path / "doctor", patient, form="sum", **options)
+
+
+def test_a_whole_doctors_reference_is_what_it_was_trained_on(
+    tiny_folder: Path, tmp_path: Path, patient: LoadedModel
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    shaken(fresh_doctor(load(base), lora=False)).save_pretrained(tmp_path / "doctor")
+    other = replace(patient, fingerprint={**patient.fingerprint, "model": "another"})
+    options = {"dtype": "float32", "device": "cpu"}
+    assert isinstance(load_guide(tmp_path / "doctor", other, **options).reference, LoadedModel)
+    shutil.copytree(save_tiny(tmp_path / "x", patient.tokenizer, seed=9), base, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="give it the base it was trained on"):
+        load_guide(tmp_path / "doctor", other, **options)
+    load_guide(tmp_path / "doctor", other, form="product", **options)
 
 
 def test_another_vocabulary_is_translated(

@@ -174,6 +174,45 @@ def test_biases_are_copies_whose_changes_are_noticed() -> None:
     assert fused.stale, "replaced"
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["projection", "norm", "embedding"])
+def test_a_part_that_is_replaced_is_noticed(tiny_folder: Path, part: str) -> None:
+    patient = load(tiny_folder)
+    request = Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=8, temperature=0.0))
+    before = GuidedDecoder(patient).generate([request])[0]
+    layer = patient.model.model.layers[0]
+    torch.manual_seed(0)
+    if part == "projection":
+        old = layer.self_attn.q_proj
+        layer.self_attn.q_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+    elif part == "norm":
+        layer.input_layernorm.weight = torch.nn.Parameter(torch.randn(layer.input_layernorm.weight.shape))
+    else:
+        old = patient.model.get_input_embeddings()
+        patient.model.set_input_embeddings(torch.nn.Embedding(old.num_embeddings, old.embedding_dim))
+    patient.model.requires_grad_(False)
+    decoder = GuidedDecoder(patient)
+    done = decoder.generate([request])[0]
+    ids = torch.tensor([decoder.encoder.prompt_ids(request.messages)])
+    expected = patient.model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
+    assert done.logps[0] == pytest.approx(float(expected.max()), abs=1e-4)
+    assert done.logps != pytest.approx(before.logps, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_follows_its_base(folders: list[Path], tiny_folder: Path, dtype: torch.dtype) -> None:
+    """To another dtype here; to another device by the same way."""
+    patient = load(tiny_folder)
+    guide = load_guide(folders[0], patient, name="it")
+    request = Request.from_text("Hi", betas={"it": 1.0}, sampling=SamplingParams(max_new_tokens=3, temperature=0.0))
+    with torch.inference_mode(False):
+        before = GuidedDecoder(patient, [guide]).generate([request])[0]
+        patient.model.to(dtype)
+        after = GuidedDecoder(patient, [guide]).generate([request])[0]
+    assert after.logps[0] == pytest.approx(before.logps[0], abs=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
 def test_what_it_does_not_take() -> None:
     torch.manual_seed(0)
     windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))

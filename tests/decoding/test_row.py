@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from tests.tiny import CORPUS, fresh_doctor, load, save_tiny, sentencepiece, shaken
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
 from llmdoctor.decoding.request import Request, SamplingParams
@@ -95,11 +98,43 @@ def test_stops_are_looked_for_in_a_few_tokens(tiny_model: LoadedModel, monkeypat
     assert max(read) < 30
 
 
+def test_bytes_are_shown_when_no_byte_can_break_them_any_more() -> None:
+    """A run of byte tokens is read as a whole: a line's end before a character that is cut is not shown yet."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"]
+    model = models.BPE(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    encoder = ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"))
+    assert encoder.byte_ids == frozenset(range(3, 259))
+    row = Row(0, Request.from_text("Hi"), [[5]], encoder, 100)
+    shown = []
+    for token in (259, 3 + 0x0A, 3 + 0xF0, 3 + 0x9F, 260):
+        row.append(token, 0.0, 0.0)
+        shown.append(row.visible_text())
+    assert shown[:4] == [shown[0]] * 4
+    assert shown[4].startswith(shown[0])
+    row.finish("length")
+    assert row.completion.text.startswith(shown[4])
+
+
 def test_the_longest_prompt_counts(tiny_model: LoadedModel) -> None:
     encoder = GuidedDecoder(tiny_model).encoder
-    assert open_row(0, Request.from_text("Hi"), [[5] * 3, [5] * 7], encoder, 10).room == 3
+    hi = Request.from_text("Hi")
+    assert open_row(0, hi, [[5] * 3, [5] * 7], encoder, [10, 10]).room == 3
+    with pytest.raises(UserError, match="prompt 1 has 10 tokens as one of the doctors or judges reads it; the cont"):
+        open_row(0, hi, [[5] * 3, [5] * 10], encoder, [10, 10])
     with pytest.raises(UserError, match="prompt 1 has 10 tokens; the context of 10 leaves no room"):
-        open_row(0, Request.from_text("Hi"), [[5] * 3, [5] * 10], encoder, 10)
+        open_row(0, hi, [[5] * 10, [5] * 3], encoder, [10, 100])
+
+
+def test_each_prompt_counts_in_its_own_models_context(tiny_model: LoadedModel) -> None:
+    """A long prompt of a model with a long context does not fill that of one that reads a short one."""
+    encoder = GuidedDecoder(tiny_model).encoder
+    hi = Request.from_text("Hi")
+    assert open_row(0, hi, [[5] * 228, [5] * 81], encoder, [8000, 200]).room == 119
+    assert open_row(0, hi, [[5] * 228, [5] * 81], encoder, [8000, 200], falling_silent=[1]).room == 7772
+    with pytest.raises(UserError, match="prompt 1 has 200 tokens as one of"):
+        open_row(0, hi, [[5] * 228, [5] * 200], encoder, [8000, 200], falling_silent=[1])
 
 
 @pytest.mark.parametrize(("form", "lanes"), [("product", 1), ("ratio", 1), ("apart", 2)])

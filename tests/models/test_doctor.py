@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken, some_pairs, tensors
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models import doctor as doctor_module
 from llmdoctor.models import hub
 from llmdoctor.models.card import model_card
@@ -125,6 +125,23 @@ def test_merged_is_unmerged(tiny_folder: Path, lora: bool) -> None:
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         got = naive_logps(merged.model, prompt, completion)
         torch.testing.assert_close(got, expected[row, : len(completion)].double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_merged_weights_are_nobody_elses(tiny_folder: Path, tmp_path: Path, lora: bool) -> None:
+    """Token rewards and doctors of the base are not the merged model's."""
+    base = load(tiny_folder)
+    first, second = (shaken(fresh_doctor(load(tiny_folder), lora=lora), seed=seed).merged() for seed in (1, 2))
+    again = shaken(fresh_doctor(load(tiny_folder), lora=lora), seed=1).merged()
+    assert first.fingerprint == again.fingerprint
+    assert len({each.fingerprint["model"] for each in (base, first, second)}) == 3
+    assert {key: first.fingerprint[key] for key in ("tokenizer", "template")} == {
+        key: base.fingerprint[key] for key in ("tokenizer", "template")
+    }
+    acquire(base, some_pairs(4), tmp_path / "rewards")
+    with pytest.raises(FingerprintMismatch, match="model: stored"):
+        acquire(first, some_pairs(4), tmp_path / "rewards")
+    assert not fresh_doctor(load(tiny_folder)).doctor_config.is_on(first)
 
 
 def test_merging_leaves_the_rotary_frequencies_as_they_are(tiny_folder: Path) -> None:

@@ -269,6 +269,14 @@ def test_a_model_whose_logits_are_something_else_is_refused(change: Any, monkeyp
         LogitsHead.for_model(model)
 
 
+def test_broken_weights_are_one_clear_line() -> None:
+    model = tiny("Llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(UserError, match="LlamaForCausalLM computes numbers that are not finite: its weights"):
+        LogitsHead.for_model(model)
+
+
 @pytest.mark.parametrize("name", ["llama", "capped", "multiplied"])
 def test_half_precision_is_recognised_and_training_mode_kept(name: str) -> None:
     architecture, changes = ARCHITECTURES[name]

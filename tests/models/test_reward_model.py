@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import LORA
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    JambaConfig,
+    JambaForSequenceClassification,
+)
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
@@ -92,6 +98,38 @@ def test_rewards_are_the_models_own(
         ids = encoder.text_ids(text) + ([encoder.end_of_turn] if complete else [])
         assert reward == pytest.approx(naive(reference, encoder.prompt_ids(messages(prompt)), ids), abs=1e-4)
     assert len({round(reward, 3) for reward in got}) == len(got)
+
+
+def test_a_model_of_states_reads_prompt_and_answer_at_once(tiny_model: LoadedModel) -> None:
+    """What its recurrent layers remember of a prompt cannot be copied for each of its answers."""
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        num_experts_per_tok=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, num_labels=1, pad_token_id=1,
+    )  # fmt: skip
+    model = JambaForSequenceClassification(config).eval().requires_grad_(False)
+    rewards = RewardModel(model, tiny_model.tokenizer, "jamba", {})
+    prompts, answers = (
+        [[5, 6, 7], list(range(20, 50)), list(range(20, 50)), [9] * 17],
+        [[8, 9], [11] * 20, [], [12, 13]],
+    )
+    for prompt, ids, reward in zip(prompts, answers, rewards.score_ids(prompts, answers), strict=True):
+        assert reward == pytest.approx(naive(model, prompt, ids), abs=1e-4)
+
+
+def test_a_score_that_is_squashed_afterwards_is_refused(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(plain)
+    forward = model.model.forward
+
+    def squashed(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits.sigmoid()
+        return out
+
+    monkeypatch.setattr(model.model, "forward", squashed)
+    with pytest.raises(UserError, match="its reward is not its score of the last hidden state"):
+        RewardModel(model.model, model.tokenizer, "squashed", {})
 
 
 def test_complete_may_differ_by_answer(plain: Path) -> None:

@@ -16,13 +16,13 @@ from tests.tiny import load, naive_logps, tensors
 
 from llmdoctor.data.prompts import Prompt, load_prompts
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
 from llmdoctor.models.layers import keep_layers
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
-from llmdoctor.shrink import make
+from llmdoctor.shrink import make, samples
 from llmdoctor.shrink.distil import Batches
 from llmdoctor.shrink.losses import distillation_loss
 from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions, collate, shrink
@@ -85,6 +85,26 @@ def test_the_folder_is_a_model_with_the_patients_vocabulary(
     words = "".join(path.read_text() for path in folder.glob("*.json") if path.name != RECORD_NAME)
     assert str(patient.spec) not in words, "nobody else has that folder"
     Doctor.from_base(small, lora={"r": 2, "target_modules": ["q_proj"]})
+
+
+def test_each_prompt_that_is_held_out_is_answered_once(
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "BLOCK", 3)
+    answers = Sampler(patient, tmp_path, 4, 0).draw("held-out", PROMPTS[:8], None)
+    prompts = [tuple(answer.prompt_ids) for answer in answers]
+    assert len(prompts) == len(set(prompts)) == 8
+
+
+def test_a_patient_that_answers_nothing_ends_it(
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the disk."""
+    sampler = Sampler(patient, tmp_path, 4, 0)
+    monkeypatch.setattr(sampler.decoder, "generate", lambda requests: [Completion(id="") for _ in requests])
+    for tokens in (100, None):
+        with pytest.raises(UserError, match="answers none of the 8 prompts: are they empty or too long"):
+            sampler.draw(f"{tokens}", PROMPTS[:8], tokens)
 
 
 def test_the_figures_are_those_of_the_stored_model(

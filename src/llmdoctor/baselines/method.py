@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.guides import lanes_of
-from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import Row, complete, open_row
 from llmdoctor.decoding.sampling import sample
 from llmdoctor.errors import UserError
+from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.reward_model import RewardModel
 
@@ -57,7 +57,7 @@ class Method(abc.ABC):
         self.encoder = self.patient.encoder
         self.max_batch_size = max_batch_size
         models = [patient.model, *(other.model for other in others)]
-        self.context = min(map(context_of, models))
+        self._contexts = list(map(context_of, models))
         self.width = min(model.get_input_embeddings().weight.shape[0] for model in models)
         self._encoders = [
             self.encoder,
@@ -88,7 +88,7 @@ class Method(abc.ABC):
             if field not in self.sampling_fields and value not in (getattr(plain, field), self._implied(field)):
                 raise UserError(f"{self.name} has no {field}; leave it at {getattr(plain, field)}, got {value}")
         prompts = [encoder.prompt_ids(request.messages) for encoder in self._encoders]
-        return open_row(index, request, prompts, self.encoder, self.context)
+        return open_row(index, request, prompts, self.encoder, self._contexts)
 
     @staticmethod
     def _implied(field: str) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations, say_unmapped
-from llmdoctor.cli.generate import printable, show_stream
+from llmdoctor.cli.generate import WHY_ERROR, printable, show_stream
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
     SAMPLING,
@@ -156,7 +156,7 @@ class Conversation:
             self.run.say("")
             raise UserError("stopped; that turn is forgotten") from None
         if answer.finish_reason == "error":
-            raise UserError("a model gave no distribution to draw from (not a number); that turn is forgotten")
+            raise UserError(f"{WHY_ERROR}; that turn is forgotten")
         self.turns = [*asked, {"role": "assistant", "content": answer.text}]
         say_unmapped(self.run, answer.unmapped_mass)
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from llmdoctor.models.loading import LoadedModel
     from llmdoctor.rewards.readout import Readout
 
+WHY_ERROR = "a model gave no distribution to draw from (not a number), or memory did not suffice for that prompt alone"
+"""What an answer that ends with an error says of itself."""
+
 _Prompt = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="One prompt, answered to the terminal as it comes.")
 ]
@@ -283,7 +286,7 @@ def _answer_one(run: Run, decoder: GuidedDecoder, request: Request, judge: Reado
         completion = _best_of(decoder, judge, best_of).generate([request])[0]
         typer.echo(printable(completion.text))
     if completion.finish_reason == "error":
-        raise UserError("a model gave no distribution to draw from (not a number); the answer ends there")
+        raise UserError(f"{WHY_ERROR}; the answer ends there")
     passes = len(completion.token_ids) - completion.guesses_held
     guessed = f", {len(completion.token_ids) / passes:.2f} a pass" if completion.guessed else ""
     run.progress.say(f"{len(completion.token_ids)} tokens{guessed}, ended by {completion.finish_reason}")
@@ -312,10 +315,7 @@ def _answer_all(run: Run, decoder: Decoder, requests: Sequence[Request], results
         results.finish(len(requests))
     if broken:
         names = ", ".join(broken[:5]) + (", …" if len(broken) > 5 else "")
-        run.say(
-            f"{len(broken)} of them end with an error: {names} (a model gave no distribution to draw from, or memory "
-            "did not suffice for that prompt alone)"
-        )
+        run.say(f"{len(broken)} of them end with an error: {names} ({WHY_ERROR})")
     run.say(f"{len(requests)} answers are in {results.target}, how they were made in {results.recipe_path}")
 
 

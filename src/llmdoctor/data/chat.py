@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -62,6 +63,12 @@ class ChatEncoder:
             raise UserError("the tokenizer names no end-of-sequence token, so a complete response cannot be marked")
         self.end_of_turn = self._find_end_of_turn(stops)
         self.stop_ids = frozenset({*stops, self.end_of_turn})
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids that stand for a byte each where the vocabulary has no piece of text; of byte-level tokenizers none."""
+        vocabulary = self.tokenizer.get_vocab()
+        return frozenset(number for token, number in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", token))
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any) -> ChatEncoder:

@@ -41,15 +41,22 @@ class LowRank:
     """
 
     def __init__(self, down: Tensor, up: Tensor, like: Tensor) -> None:
+        self._make(down, up, like)
+
+    def _make(self, down: Tensor, up: Tensor, like: Tensor) -> None:
         self._down, self._up = Product(down.to(like)), Product(up.to(like))
         self._few = 0
         if like.device.type == "cpu" and like.dtype != torch.float32:
             small = down.numel() + up.numel() <= _FEW_WEIGHTS
             self._few = _FEW_ROWS if not self._up.laid_out else _FEW_ROWS_LAID_OUT if small else 0
-        self._exact = (down, up) if self._few else None
+        self._exact = (down.to(like.device), up.to(like.device)) if self._few else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], perhaps in float32."""
+        held = self._down.weight
+        if held.dtype != x.dtype or held.device != x.device:
+            # The base was moved; the adapter follows.
+            self._make(*(self._exact or (held.float(), self._up.weight.float())), x)
         if self._exact is not None and x.shape[:-1].numel() <= self._few:
             down, up = self._exact
             return F.linear(F.linear(x.float(), down), up)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ALIBI = ("bloom", "mpt")
+_COUNT_COLUMNS = ("bloom", "mpt", "gpt_neo")
 
 _STEP = 64
 """Columns that a full cache grows by, at least."""
@@ -122,7 +122,8 @@ def new_cache(config: Any, room: int) -> DynamicCache:
 def sees_everything(cache: DynamicCache, config: Any) -> bool:
     """Whether every layer is one of full attention, whose columns may be masked, dropped and reordered at will.
 
-    Where distance is counted in columns (ALiBi) a hole, or a guess beside another, would move what stands behind it.
+    Where distance is counted in columns (ALiBi, GPT-Neo's windows) a hole, or a guess beside another, would move what
+    stands behind it.
     """
     full = all(isinstance(layer, InPlaceLayer) for layer in cache.layers)
-    return full and config.model_type not in _ALIBI and not getattr(config, "alibi", False)
+    return full and config.model_type not in _COUNT_COLUMNS and not getattr(config, "alibi", False)

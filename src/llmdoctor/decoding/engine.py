@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
 from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
-from llmdoctor.decoding.lane import context_of, text_config
 from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
@@ -25,6 +24,7 @@ from llmdoctor.decoding.sampling import sample
 from llmdoctor.decoding.speculation import stand_in
 from llmdoctor.decoding.ward import Ward
 from llmdoctor.errors import UserError
+from llmdoctor.models.context import context_of, text_config
 from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.loading import LoadedModel
 
@@ -83,7 +83,8 @@ class GuidedDecoder:
         self.encoder = self.lanes[0].encoder
         self.max_batch_size = max_batch_size
         self.tally = Tally()
-        self.context = min(context_of(lane.model) for lane in self.lanes)
+        self._contexts = [context_of(lane.model) for lane in self.lanes]
+        self._translated = [number for number, lane in enumerate(self.lanes) if lane.translation is not None]
         # The same with and without doctors that are listened to, or a row's draws would depend on its neighbours.
         self._width = min(
             lane.head.linear.weight.shape[0] if lane.translation is None else lane.translation.width
@@ -135,7 +136,7 @@ class GuidedDecoder:
             known = ", ".join(self.names) or "none"
             raise UserError(f"no doctor is named {', '.join(sorted(unknown))}; loaded: {known}")
         prompts = [lane.encoder.prompt_ids(request.messages, lane.system) for lane in self.lanes]
-        return open_row(index, request, prompts, self.encoder, self.context)
+        return open_row(index, request, prompts, self.encoder, self._contexts, self._translated)
 
     @torch.inference_mode()
     def _decode(self, batch: list[Row], cancelled: Callable[[int], bool] | None = None) -> Iterator[list[Row]]:

@@ -107,7 +107,9 @@ def load_guide(
         own = load_model(spec, **options) if on_patient or form == "ratio" else base
         return Guide(name, Doctor.from_pretrained(folder, base=own, **options).merged(), reference)
     if form == "ratio":
-        reference = "patient" if on_patient else load_model(spec, **options)
+        base = patient if on_patient else load_model(spec, **options)
+        check_doctor(folder, config, base)
+        reference = "patient" if on_patient else base
     return Guide(name, Doctor.from_pretrained(folder, **options).merged(), reference)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from llmdoctor.decoding.cache import InPlaceLayer, new_cache, sees_everything
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
+from llmdoctor.models.context import context_of, text_config
 from llmdoctor.models.logps import LogitsHead, position_ids
 
 _PACK_ABOVE = 1.5
@@ -30,6 +30,9 @@ which costs the reading of all weights."""
 
 _TABLE_ENTRIES = 1 << 26
 """Of the table of who sees whom, at once: 128 MB in bfloat16."""
+
+_READ_PADDING = ("recurrent_gemma",)
+"""Their states go on over tokens that a mask hides."""
 
 _SHORTEST_PIECE = 64
 """Tokens of a row that are read at once at least, however large their table."""
@@ -76,6 +79,11 @@ class Lane:
         self._spec = spec
         self._decoder = spec.model.get_decoder()
         self._config = text_config(spec.model)
+        if self._config.model_type in _READ_PADDING:
+            raise UserError(
+                f"{type(spec.model).__name__} reads padding as if it were text, so that answers would depend on the "
+                "prompts beside them; it is not supported"
+            )
         if "past_key_values" not in inspect.signature(type(self._decoder).forward).parameters:
             raise UserError(
                 f"{type(spec.model).__name__} keeps what it has read in a state of its own kind, which is not supported"
@@ -386,13 +394,3 @@ def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
     least, most = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     return next((place for place in range(limit) if least[place] != most[place]), limit)
-
-
-def context_of(model: Any) -> int:
-    """Tokens that `model` can see at once, as its config says; 2³⁰ where it says nothing."""
-    return int(getattr(text_config(model), "max_position_embeddings", None) or 1 << 30)
-
-
-def text_config(model: Any) -> Any:
-    """The config of the part of `model` that reads text; of a draft model, which has one part, its own."""
-    return getattr(model.config, "get_text_config", lambda: model.config)()

@@ -106,6 +106,20 @@ class _Block:
     def linears(self) -> tuple[_Linear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
+    def is_stale(self, layer: Any) -> bool:
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = (
+            (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
+        )  # fmt: skip
+        norms = [(self.before_attention, layer.input_layernorm), (self.before_mlp, layer.post_attention_layernorm)]
+        if self.head_norms is not None:
+            norms += zip(self.head_norms, (attention.q_norm, attention.k_norm), strict=True)
+        return any(norm[0] is not module.weight for norm, module in norms) or any(
+            linear.stale or any(own is not now for own, now in zip(linear.parts, modules, strict=True))
+            for linear, modules in zip(self.linears, parts, strict=True)
+        )
+
 
 class Network:
     """The decoder of a language model: ids to last hidden states, over a cache of `decoding.cache`.
@@ -131,10 +145,11 @@ class Network:
         self.group = int(config.num_attention_heads) // self._key_heads
         self._angles: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def stale(self) -> bool:
-        """Whether the model's weights were moved, replaced or, where they were copied, changed since this was made."""
-        return any(linear.stale for block in self._blocks for linear in block.linears)
+    def is_stale(self, decoder: Any) -> bool:
+        """Whether the decoder's weights were moved, replaced or, where copied, changed since this was made."""
+        if self._embedding is not decoder.embed_tokens.weight or self._final[0] is not decoder.norm.weight:
+            return True
+        return any(block.is_stale(layer) for block, layer in zip(self._blocks, decoder.layers, strict=True))
 
     def __call__(
         self,
@@ -246,7 +261,7 @@ def network_of(decoder: Any) -> Network | None:
     if not _fits(decoder):
         return None
     network = _NETWORKS.get(decoder)
-    if network is None or network.stale:
+    if network is None or network.is_stale(decoder):
         # Weights that become views in inference mode could carry no gradient ever after; such as they are, they stay.
         with torch.inference_mode(decoder.embed_tokens.weight.is_inference()):
             network = Network(decoder)

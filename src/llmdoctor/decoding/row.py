@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -154,7 +154,10 @@ class Row:
         """Text that later tokens can no longer change: whole characters, and no beginning of a stop string."""
         if self.done:
             return self.completion.text
-        text: str = self._encoder.decode(self.completion.token_ids)
+        ids = self.completion.token_ids
+        # A run of byte tokens is read as a whole: one that is no character makes all of it broken.
+        whole = next((end for end in range(len(ids), 0, -1) if ids[end - 1] not in self._encoder.byte_ids), 0)
+        text: str = self._encoder.decode(ids[:whole])
         text = text.rstrip("\ufffd")
         for stop in self.request.sampling.stop:
             for length in range(min(len(stop) - 1, len(text)), 0, -1):
@@ -164,19 +167,37 @@ class Row:
         return text
 
 
-def open_row(index: int, request: Request, prompts: list[list[int]], encoder: Any, context: int) -> Row:
-    """A row for `request`, whose prompt is `prompts[i]` to model i; `context` is the shortest of their contexts.
+def open_row(
+    index: int,
+    request: Request,
+    prompts: list[list[int]],
+    encoder: Any,
+    contexts: Sequence[int],
+    falling_silent: Collection[int] = (),
+) -> Row:
+    """A row for `request`.
+
+    Args:
+        index: its place among the requests.
+        request: what is asked.
+        prompts: its prompt as each model reads it.
+        encoder: the patient's.
+        contexts: of each model.
+        falling_silent: models that have no say any more once their context is full, and so do not end the answer.
 
     Raises:
-        UserError: the longest prompt leaves no room in the context.
+        UserError: a prompt leaves no room in its model's context.
     """
-    longest = max(map(len, prompts))
-    if longest >= context:
+    rooms = [context - len(prompt) for context, prompt in zip(contexts, prompts, strict=True)]
+    least = min(range(len(rooms)), key=rooms.__getitem__)
+    if rooms[least] <= 0:
+        whose = "" if least == 0 else " as one of the doctors or judges reads it"
         raise UserError(
-            f"prompt {request.id or index + 1} has {longest} tokens; the context of {context} leaves no room "
-            "for an answer"
+            f"prompt {request.id or index + 1} has {len(prompts[least])} tokens{whose}; the context of "
+            f"{contexts[least]} leaves no room for an answer"
         )
-    return Row(index, request, prompts, encoder, context - longest)
+    room = min(room for number, room in enumerate(rooms) if number not in falling_silent)
+    return Row(index, request, prompts, encoder, room)
 
 
 def complete(

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.guides import LaneSpec
-from llmdoctor.decoding.lane import Lane, context_of
+from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.row import Tally
+from llmdoctor.models.context import context_of
 from llmdoctor.models.vocab import Translation
 
 _FURTHEST_BACK = 8

@@ -19,11 +19,18 @@ from torch import Tensor, nn
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
-from llmdoctor.files import atomic_folder, write_json, write_text
+from llmdoctor.files import atomic_folder, digest, write_json, write_text
 from llmdoctor.models.card import model_card
 from llmdoctor.models.hub import hub_folder
 from llmdoctor.models.layers import cast_weights
-from llmdoctor.models.loading import LoadedModel, load_model, name_base, tokenizer_fingerprint
+from llmdoctor.models.loading import (
+    LoadedModel,
+    load_model,
+    name_base,
+    tensors_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
 from llmdoctor.models.packing import PackedPairs, can_pack
 
@@ -304,15 +311,19 @@ class Doctor(nn.Module):
     def merged(self) -> LoadedModel:
         """A plain causal LM with the adapter folded into the weights (in float32), for decoding.
 
-        Consumes this doctor: the base model's weights are changed in place.
+        Consumes this doctor: the base model's weights are changed in place. Its fingerprint is neither the base's nor
+        any file's.
         """
-        lm = self.lm
+        lm, fingerprint = self.lm, dict(self.doctor_config.base_fingerprint)
         if self.doctor_config.lora:
+            tuned = {name: parameter for name, parameter in lm.named_parameters() if "lora_" in name}
+            fingerprint["model"] = digest([fingerprint.get("model"), tensors_fingerprint(tuned)])
             dtype = self.causal_lm.dtype
             lm = cast_weights(cast_weights(lm, torch.float32).merge_and_unload(), dtype)
+        else:
+            fingerprint["model"] = weights_fingerprint(lm)
         lm.requires_grad_(False)
-        spec = f"doctor({self.doctor_config.base})"
-        return LoadedModel(lm.eval(), self.tokenizer, spec, dict(self.doctor_config.base_fingerprint))
+        return LoadedModel(lm.eval(), self.tokenizer, f"doctor({self.doctor_config.base})", fingerprint)
 
     def save_into(self, folder: Path) -> None:
         """Write weights, config and card into an existing folder."""

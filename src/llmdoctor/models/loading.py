@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -120,7 +121,12 @@ def stored_weights_fingerprint(spec: str) -> str:
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Hash of every parameter's name, dtype, shape and bits, as they are in memory; tied weights count once."""
-    named = sorted(model.named_parameters(), key=lambda item: item[0])
+    return tensors_fingerprint(dict(model.named_parameters()))
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of each tensor's name, dtype, shape and bits."""
+    named = sorted(tensors.items(), key=lambda item: item[0])
     # hashlib lets go of the interpreter lock on large buffers, so this uses all cores.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         hashes = list(pool.map(_tensor_digest, (tensor for _, tensor in named)))

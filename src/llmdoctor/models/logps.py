@@ -99,11 +99,19 @@ class LogitsHead:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
+            out = model.get_decoder()(input_ids=probe, use_cache=False)
+            hidden = getattr(out, "last_hidden_state", None)
+            if hidden is None:
+                raise UserError(f"{type(model).__name__}: its decoder gives no hidden states; it is not supported")
             expected = model(input_ids=probe, use_cache=False).logits.float()
             head = cls(linear, finish)
             got = head.logits(hidden)
         model.train(was_training)
+        if not torch.isfinite(expected).all():
+            raise UserError(
+                f"{type(model).__name__} computes numbers that are not finite: its weights are broken, or too large "
+                f"for {linear.weight.dtype}; try --dtype bfloat16 or float32"
+            )
         # An unknown cap or scale can be a small change at small logits: only half precision excuses a difference.
         tolerance = 1e-4 if linear.weight.dtype == torch.float32 else 2e-2
         if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):

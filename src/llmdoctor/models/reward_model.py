@@ -21,6 +21,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import FingerprintMismatch, UserError, first_line
 from llmdoctor.files import atomic_folder, digest, sha256_file, write_json
 from llmdoctor.models import builtin
+from llmdoctor.models.context import context_of
 from llmdoctor.models.layers import cast_weights
 from llmdoctor.models.loading import (
     _LOAD_FAILURES,
@@ -38,6 +39,7 @@ from llmdoctor.models.loading import (
     tokenizer_fingerprint,
 )
 from llmdoctor.models.logps import position_ids
+from llmdoctor.models.packing import keeps_keys
 
 SCHEMA_VERSION = 1
 CONFIG_NAME = "reward_model.json"
@@ -126,8 +128,7 @@ class RewardModel:
         self.encoder = encoder or ChatEncoder(tokenizer)
         _check_one_output(spec, model.config)
         self.head = _head_of(spec, model)
-        config = getattr(model.config, "get_text_config", lambda: model.config)()
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.context = context_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -178,14 +179,22 @@ class RewardModel:
     def _score_batch(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
         decoder = self.model.get_decoder()
         distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))
+        if not keeps_keys(self.model):
+            # What recurrent layers remember of a prompt cannot be copied for each of its answers.
+            ids, mask = _padded([(*prompt, *answer) for prompt, answer in pairs], self.device, left=True)
+            out = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+            return self._rewards(out.last_hidden_state[:, -1])
         source = torch.tensor([distinct.index(prompt) for prompt, _ in pairs], device=self.device)
         ids, mask = _padded(distinct, self.device, left=True)
         out = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True)
-        last = out.last_hidden_state[:, -1][source]
-        lengths = torch.tensor([len(ids) for _, ids in pairs], device=self.device)
+        # Of a model that is spread over several devices states need not lie where tokens go in.
+        states = out.last_hidden_state[:, -1]
+        last = states[source.to(states.device)]
+        lengths = torch.tensor([len(ids) for _, ids in pairs], device=states.device)
         if bool((lengths > 0).any()):
             cache = out.past_key_values
-            cache.batch_select_indices(source)
+            for layer in cache.layers:
+                layer.batch_select_indices(source.to(layer.keys.device))
             answers, answer_mask = _padded([ids for _, ids in pairs], self.device, left=False)
             both = torch.cat([mask[source], answer_mask], dim=1)
             hidden = decoder(
@@ -195,9 +204,12 @@ class RewardModel:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            ends = hidden[torch.arange(len(pairs), device=self.device), (lengths - 1).clamp(min=0)]
+            ends = hidden[torch.arange(len(pairs), device=hidden.device), (lengths - 1).clamp(min=0)]
             last = torch.where(lengths[:, None] > 0, ends, last)
-        rewards: list[float] = self.head.logits(last)[:, 0].tolist()
+        return self._rewards(last)
+
+    def _rewards(self, states: Tensor) -> list[float]:
+        rewards: list[float] = self.head.logits(states.to(self.head.linear.weight.device))[:, 0].tolist()
         return rewards
 
 
@@ -366,13 +378,26 @@ def _head_of(spec: str, model: Any) -> RewardHead:
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
         once = model.get_decoder()(input_ids=probe[:, :2], use_cache=False).last_hidden_state
-    if not torch.isfinite(hidden).all():
+        # The score may be kept in float32 above states in half precision.
+        cast = linear.register_forward_pre_hook(lambda score, inputs: (inputs[0].to(score.weight.dtype),))
+        try:
+            expected = model(input_ids=probe, use_cache=False).logits.float()
+        finally:
+            cast.remove()
+        got = head.logits(hidden[:, -1].to(linear.weight.device))
+    if not (torch.isfinite(hidden).all() and torch.isfinite(got).all()):
         raise UserError(
             f"{spec} computes numbers that are not finite; its weights are broken, or too large for {hidden.dtype}"
         )
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
     if not torch.allclose(hidden[:, 1], once[:, 1], rtol=tolerance, atol=tolerance * float(hidden.abs().max())):
         raise UserError(f"{spec} ({type(model).__name__}) reads text in both directions; only decoders are supported")
+    # A score that a model squashes or shifts afterwards is not what is read here.
+    if not torch.allclose(got, expected.to(got.device), rtol=tolerance, atol=tolerance):
+        raise UserError(
+            f"{spec} ({type(model).__name__}): its reward is not its score of the last hidden state; only such are "
+            "supported"
+        )
     return head
 
 

@@ -24,6 +24,7 @@ from llmdoctor.data.chat import ChatEncoder, Completion
 from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import atomic_path, digest, write_json
+from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.rewards.face_scorer import FaceScorer
@@ -230,8 +231,7 @@ class _ShardWriter:
         self.patient = patient
         self.faces = faces
         self._scorers: tuple[FaceScorer, FaceScorer] | None = None
-        config = getattr(patient.model.config, "get_text_config", lambda: patient.model.config)()
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.context = context_of(patient.model)
 
     def ensure(self, index: int, block: Sequence[tuple[int, PreferencePair]], progress: Progress) -> str:
         """Make sure that the shard of `block` is on disk; returns the fingerprint of its pairs."""

@@ -32,6 +32,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import atomic_folder, write_json
+from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import position_ids
 
@@ -348,7 +349,7 @@ def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], lay
 
     An answer without tokens is read at its prompt's last one.
     """
-    context = int(getattr(patient.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    context = context_of(patient.model)
     longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=0)
     if longest > context:
         raise UserError(

@@ -44,7 +44,8 @@ class DistilOptions:
         max_new_tokens: longest answer. What is trained is at its best up to about this length.
         held_out: prompts whose answers are not learned from but measured on.
         learning_rate: peak of a cosine schedule.
-        batch_tokens: tokens of a step, prompts and padding included. Smaller makes more steps of the same tokens.
+        batch_tokens: tokens of a step, prompts and padding to the longest included (then rows are filled up to a
+            multiple of 16). Smaller makes more steps of the same tokens.
         tv_weight: the loss starts as the Kullback-Leibler divergence from the patient and ends as this share of total
             variation distance, the chance that a draft token is rejected. 0 gives a lower divergence, 1 more accepted
             drafts.
@@ -143,7 +144,7 @@ def draw_answers(
     # Prompts of a file often come topic by topic, and a short run sees the first ones alone.
     mixed = random.Random(options.seed).sample(list(prompts), len(prompts))
     sampler = Sampler(patient, folder, options.max_new_tokens, options.seed)
-    held = sampler.draw("held-out", mixed[-options.held_out :], 1)
+    held = sampler.draw("held-out", mixed[-options.held_out :], None)
     learned = sampler.draw("learned", mixed[: -options.held_out], options.tokens, progress)
     return learned, held
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead, position_ids
@@ -83,19 +84,24 @@ class Sampler:
         self.head = LogitsHead.for_model(patient.model)
 
     def draw(
-        self, name: str, prompts: Sequence[Prompt], tokens: int, progress: Callable[[int], None] | None = None
+        self, name: str, prompts: Sequence[Prompt], tokens: int | None, progress: Callable[[int], None] | None = None
     ) -> list[Answer]:
         """Answers to the prompts in turn, again and again, until they have `tokens` tokens.
 
         Args:
             name: of the files.
             prompts: what to answer.
-            tokens: how many are wanted; the last block is whole.
+            tokens: how many are wanted; the last block is whole. None is one answer to each.
             progress: called with the number of tokens of each block.
+
+        Raises:
+            UserError: none of the prompts is answered with a single token.
         """
         answers: list[Answer] = []
         total = 0
         for number, (draw, block) in enumerate(_blocks(prompts)):
+            if draw > 0 and (tokens is None or total == 0):
+                break
             path = self.folder / f"{name}-{number:05d}.safetensors"
             if _format(path) != FORMAT:
                 self._write(path, f"{name}/{draw}", block)
@@ -105,8 +111,13 @@ class Sampler:
             total += size
             if progress:
                 progress(size)
-            if total >= tokens:
+            if tokens is not None and total >= tokens:
                 break
+        if not total:
+            raise UserError(
+                f"{self.patient.spec} answers none of the {len(prompts)} prompts: are they empty or too long, or does "
+                "it compute numbers that are not finite?"
+            )
         return answers
 
     def _write(self, path: Path, stream: str, block: Sequence[Prompt]) -> None:

@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.data.collate import RewardCollator
-from llmdoctor.decoding.lane import context_of
 from llmdoctor.errors import UserError
 from llmdoctor.files import digest, fill_folder
+from llmdoctor.models.context import context_of
 from llmdoctor.models.doctor import ADAPTER_FOLDER, CONFIG_NAME, MODEL_FOLDER, READOUT_FOLDER, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.readout import CONFIG_NAME as READOUT_CONFIG

@@ -34,12 +34,12 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide
-from llmdoctor.decoding.lane import context_of
 from llmdoctor.decoding.memory import give_back
 from llmdoctor.decoding.network import network_of
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path
+from llmdoctor.models.context import context_of
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.vocab import Vocabulary
