@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llmdoctor.bench.record import machine
 from llmdoctor.files import write_text
 
 
@@ -23,12 +20,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "commit": head.stdout.strip() + ("+changes" if changed else ""),
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers", "peft")},
-        "machine": {
-            "system": platform.platform(),
-            "cpu_count": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": machine(),
     }
 
 

@@ -28,21 +28,30 @@ _LEARNING = ("patient", "base", "pairs", "epochs", "rounds")
 
 def surroundings(quick: bool) -> dict[str, Any]:
     """Commit, versions and machine, ready for JSON; part of every record."""
-    import torch
-
     return {
         "schema_version": SCHEMA_VERSION,
         "quick": quick,
         "note": "A smoke run: its figures mean nothing." if quick else "",
         "commit": _commit(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
-        "machine": {
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "cpu_count": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What it runs on, ready for JSON: system, processor and its instructions as torch uses them, cores, GPU."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "processor": f"{named or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
