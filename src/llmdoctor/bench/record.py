@@ -45,10 +45,11 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    named = named or platform.processor() or platform.machine()
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": f"{named or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{named}, {torch.backends.cpu.get_cpu_capability()}",
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
