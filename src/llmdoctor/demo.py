@@ -150,9 +150,11 @@ def _train(rewards: RewardStore, folder: Path, steps: Steps, options: DemoOption
     from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import train_doctor
 
-    config = TFPOConfig(output_dir=str(folder), seed=options.seed, disable_tqdm=True)
+    base = load_model(PATIENT)
+    on_cpu = base.model.device.type == "cpu"
+    config = TFPOConfig(output_dir=str(folder), seed=options.seed, disable_tqdm=True, use_cpu=on_cpu)
     return train_doctor(
-        load_model(PATIENT),
+        base,
         rewards,
         config,
         # A minute instead of several; the figures of docs/arena.md are of rounds and pairs.

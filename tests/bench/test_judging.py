@@ -66,9 +66,9 @@ def test_a_reward_model_with_a_broken_score_is_told_in_one_line(compared: Arena,
     weights = load_file(path)
     weights["base_model.model.score.weight"] *= float("nan")
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(UserError, match="gave the reward nan to 1 of 1 answers; expected finite numbers") as caught:
+    with pytest.raises(UserError, match="computes numbers that are not finite; its weights are broken") as caught:
         TaskJudge(f"reward:{folder}", tmp_path)
-    assert str(caught.value).startswith(f"reward:{folder} ")
+    assert str(caught.value).startswith(f"{folder} ")
     assert "\n" not in str(caught.value)
 
 

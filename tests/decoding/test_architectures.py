@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     MambaConfig,
@@ -27,7 +29,8 @@ from transformers import (
 )
 
 from llmdoctor.decoding.engine import GuidedDecoder
-from llmdoctor.decoding.guides import Guide
+from llmdoctor.decoding.guides import Guide, lanes_of
+from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.models.context import context_of
@@ -49,6 +52,11 @@ def made(kind: str) -> Any:
         return Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=layers, block_auto_adjust_ff_dim=False))
     if kind == "mamba":
         return MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=2))
+    if kind == "gpt_neox":
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                          num_attention_heads=4, max_position_embeddings=512)
+        )  # fmt: skip
     if kind == "gpt_neo":
         return GPTNeoForCausalLM(
             GPTNeoConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=512,
@@ -96,6 +104,16 @@ def test_of_other_angles_beyond_a_length_only_that_length_is_used() -> None:
     long = Phi3ForCausalLM(config)
     assert context_of(long) == 64
     assert context_of(Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0))) == 512
+
+
+def test_attention_that_takes_no_mask_is_not_given_one(tiny_folder: Path) -> None:
+    patient = replace(load(tiny_folder), model=made("gpt_neox").eval().requires_grad_(False))
+    lane = Lane(lanes_of(patient, [])[0][0], [[5, 6, 7]], 8)
+    lane.prefill()
+    lane.need_full_attention()
+    patient.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="has flash_attention_2 attention, which takes no mask of who sees whom"):
+        lane.peek(torch.tensor([[5, 6]]))
 
 
 def test_models_that_read_padding_are_refused(tiny_folder: Path) -> None:

@@ -213,6 +213,18 @@ def test_an_adapter_follows_its_base(folders: list[Path], tiny_folder: Path, dty
     assert after.logps[0] == pytest.approx(before.logps[0], abs=0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
+def test_who_sees_whom_lies_as_kernels_want_it(tiny_folder: Path) -> None:
+    """Rows that begin at multiples of eight, whatever the number of columns; numbers are those of the mask."""
+    network = network_of(load(tiny_folder).model.get_decoder())
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    bias = network._bias(mask, 2, torch.float32)
+    assert bias.shape == (2, 1, 2 * network.group, 5)
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    seen = torch.tensor([[[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]).bool()
+    expected = seen[:, None].repeat_interleave(network.group, 2)
+    assert torch.equal(bias == 0, expected)
+
+
 def test_what_it_does_not_take() -> None:
     torch.manual_seed(0)
     windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))

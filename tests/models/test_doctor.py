@@ -13,6 +13,7 @@ import peft.utils.save_and_load
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
 from tests.tiny import acquire, config, fresh_doctor, load, naive_logps, shaken, some_pairs, tensors
 
@@ -20,7 +21,7 @@ from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models import doctor as doctor_module
 from llmdoctor.models import hub
 from llmdoctor.models.card import model_card
-from llmdoctor.models.doctor import Doctor, DoctorConfig, local_folder
+from llmdoctor.models.doctor import Doctor, DoctorConfig, ValueHead, local_folder
 from llmdoctor.models.loading import load_model, tokenizer_fingerprint, weights_fingerprint
 from llmdoctor.tfpo.trainer import TFPOTrainer
 
@@ -142,6 +143,45 @@ def test_merged_weights_are_nobody_elses(tiny_folder: Path, tmp_path: Path, lora
     with pytest.raises(FingerprintMismatch, match="model: stored"):
         acquire(first, some_pairs(4), tmp_path / "rewards")
     assert not fresh_doctor(load(tiny_folder)).doctor_config.is_on(first)
+
+
+def test_the_value_head_keeps_float32_in_autocast() -> None:
+    torch.manual_seed(0)
+    head = ValueHead(16, width=8)
+    for parameter in head.parameters():
+        parameter.data.normal_()
+    hidden = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = head(hidden.bfloat16())
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, head(hidden.bfloat16()))
+
+
+def test_an_adapter_is_merged_in_float32_without_a_second_model_in_it(tiny_folder: Path) -> None:
+    base = load_model(str(tiny_folder), dtype="bfloat16", device="cpu")
+    doctor = shaken(fresh_doctor(base))
+    expected = {}
+    for name, module in doctor.lm.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            place = name.removeprefix("base_model.model.")
+            weight = module.get_base_layer().weight.float() + module.get_delta_weight("default").float()
+            expected[f"{place}.weight"] = weight.bfloat16()
+    assert expected
+    largest = 0
+    merge = Linear.merge
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal largest
+        wide = [p for name, p in doctor.lm.named_parameters() if p.dtype == torch.float32 and "lora_" not in name]
+        largest = max(largest, sum(p.numel() for p in wide))
+        merge(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Linear, "merge", watched)
+        merged = doctor.merged().model
+    found = dict(merged.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert 0 < largest <= max(weight.numel() for weight in expected.values())
 
 
 def test_merging_leaves_the_rotary_frequencies_as_they_are(tiny_folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from llmdoctor.models import hub, loading
 from llmdoctor.models.loading import (
     LoadedModel,
     load_model,
+    need_one_gpu,
     split_revision,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -518,3 +520,17 @@ def test_auto_dtype_on_a_gpu_wants_native_bfloat16(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert loading._resolve_dtype("auto", "cuda:0") == expected
+
+
+def test_what_is_trained_needs_one_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match="2 GPUs in one process are not supported: start one process a GPU"):
+        need_one_gpu(on_gpu)
+    need_one_gpu(SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    need_one_gpu(on_gpu)
+    spread = SimpleNamespace(device=torch.device("cuda", 0), hf_device_map={"model.layers.0": 0, "model.layers.1": 1})
+    with pytest.raises(UserError, match="must lie on one device, and is spread over several"):
+        need_one_gpu(spread)

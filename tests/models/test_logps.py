@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -98,6 +99,21 @@ def test_a_frozen_head_has_the_gradient_of_log_softmax(head: LogitsHead, states:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
     assert all(parameter.grad is None for parameter in head.linear.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_likely_token_is_no_rounding(dtype: torch.dtype) -> None:
+    """W[y] − Σ_v p_v W[v] is small where the token is likely: subtracted after the product, it would be noise."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 500, bias=False).to(dtype).requires_grad_(False)
+    direction = torch.nn.functional.normalize(linear.weight[7].float(), dim=0)
+    hidden = torch.stack([direction * scale for scale in (18.0, 24.0, 30.0)]).to(dtype)
+    labels = torch.full((3,), 7)
+    _, gradient = selected_and_gradient(LogitsHead(linear), hidden, labels)
+    expected, exact = plain_and_gradient(copy.deepcopy(linear).double(), hidden.double(), labels)
+    assert (expected.exp() > 0.99).sum() >= 1
+    errors = (gradient.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert float(errors.max()) < 0.05, (expected.exp(), errors)
 
 
 def test_a_frozen_head_in_float64_is_exact_to_float32_output(head: LogitsHead, states: tuple[Tensor, Tensor]) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +205,71 @@ def test_preference_metrics_by_hand() -> None:
     assert figures["margin"] == pytest.approx(1 / 3)
     assert figures["chosen_reward"] == pytest.approx(0.5)
     assert figures["rejected_reward"] == pytest.approx(0.5 / 3)
+
+
+def test_what_lies_elsewhere_than_it_is_trained_is_refused(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TFPOConfig, "device", torch.device("cuda", 0))
+    with pytest.raises(UserError, match="the doctor is on cpu and would be moved to cuda"):
+        trainer_of(fresh_doctor(load(tiny_folder)), tmp_path, store.dataset())
+
+
+_PROCESS = """
+import os, sys
+from pathlib import Path
+import torch
+from tiny import config, fresh_doctor, load
+from llmdoctor.errors import TrainingDiverged
+from llmdoctor.rewards.store import RewardStore
+from llmdoctor.tfpo.trainer import TFPOTrainer
+torch.set_num_threads(1)
+folder, store, output, bad, accumulated = sys.argv[1:]
+settings = config(Path(output), per_device_train_batch_size=1, gradient_accumulation_steps=int(accumulated),
+                  learning_rate=1e-3, max_steps=4, ddp_timeout=60)
+trainer = TFPOTrainer(fresh_doctor(load(Path(folder))), settings, RewardStore.open(Path(store)).dataset())
+own, calls = TFPOTrainer.training_step, []
+def step(self, model, inputs, count=None):
+    calls.append(1)
+    if os.environ["RANK"] == bad and len(calls) == 1 + int(accumulated):
+        inputs = {**inputs, "token_rewards": inputs["token_rewards"] * float("nan")}
+    return own(self, model, inputs, count)
+TFPOTrainer.training_step = step
+try:
+    trainer.train()
+except TrainingDiverged as error:
+    print(error)
+    os._exit(7)
+"""
+
+
+@pytest.mark.parametrize(("bad", "accumulated"), [(0, 1), (1, 2)])
+def test_processes_stop_together_where_one_diverges(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, bad: int, accumulated: int
+) -> None:
+    """Else those that see nothing wrong would wait for the others, for hours, and nothing would be saved."""
+    tests = Path(__file__).parents[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+              "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}  # fmt: skip
+    command = [sys.executable, "-c", _PROCESS, tiny_folder, store.folder, tmp_path / "out", bad, accumulated]
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)), env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [7, 7], said
+    assert all("training diverged at step 2" in each for each in said), said
+    assert list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
 
 
 def test_two_half_batches_accumulate_to_one(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ class ContrastiveSearch(Method):
         while True:
             logps, candidates = logits[:, : self.width].float().log_softmax(-1).topk(self.top_k, dim=-1)
             states = lane.peek(candidates)
-            alike = (_directions(states) @ history.transpose(1, 2)).masked_fill(~lane.mask.bool()[:, None], -torch.inf)
-            scores = (1 - self.penalty) * logps.exp() - self.penalty * alike.amax(-1)
+            # Of a model that is spread over several devices states, mask and outputs need not lie on one.
+            alike = _directions(states) @ history.transpose(1, 2)
+            alike = alike.masked_fill(~lane.mask.bool()[:, None].to(alike.device), -torch.inf)
+            scores = (1 - self.penalty) * logps.exp() - self.penalty * alike.amax(-1).to(logps.device)
             broken = (~scores.amax(-1).isfinite()).tolist()
             choice = scores.nan_to_num(nan=0.0).argmax(-1)
             tokens = candidates.gather(1, choice[:, None])[:, 0].tolist()
@@ -71,7 +73,7 @@ class ContrastiveSearch(Method):
             if all(row.done for row in rows):
                 return
             lane.accept(choice)
-            chosen = states[torch.arange(len(rows), device=states.device), choice]
+            chosen = states[torch.arange(len(rows), device=states.device), choice.to(states.device)]
             history = torch.cat([history, _directions(chosen)[:, None]], dim=1)
             keep = survivors(rows)
             if keep is not None:

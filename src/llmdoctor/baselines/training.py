@@ -22,7 +22,7 @@ from llmdoctor.data.collate import SCORES_A_TOKEN_IN_MEMORY, RewardCollator, tok
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.files import fill_folder, write_text
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, need_one_gpu
 from llmdoctor.models.reward_model import CONFIG_NAME as REWARD_CONFIG_NAME
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
@@ -182,6 +182,7 @@ def open_run(
         FingerprintMismatch: the folder holds another result, or checkpoints of one.
         ValueError: `base` is part of a doctor already.
     """
+    need_one_gpu(base.model)
     if output.resolve() == rewards.folder.resolve():
         method = config.training["method"]
         raise UserError(f"{output} holds the token rewards; give the {method} baseline a folder of its own")
@@ -278,7 +279,7 @@ class AdapterTraining:
         """One forward and backward pass; stops the training where it is no longer finite."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in [loss, *gradients]):
+        if not bool(torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
             raise TrainingDiverged(
                 f"training diverged at step {self.state.global_step + 1}: loss or gradient is not finite; lower "
                 f"learning_rate. Checkpoints from before are in {self.args.output_dir}"

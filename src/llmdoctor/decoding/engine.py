@@ -84,6 +84,7 @@ class GuidedDecoder:
         self.max_batch_size = max_batch_size
         self.tally = Tally()
         self._contexts = [context_of(lane.model) for lane in self.lanes]
+        self.context = min(self._contexts)
         self._translated = [number for number, lane in enumerate(self.lanes) if lane.translation is not None]
         # The same with and without doctors that are listened to, or a row's draws would depend on its neighbours.
         self._width = min(

@@ -365,6 +365,11 @@ class Lane:
                 f"{type(self._spec.model).__name__} has layers that see a window or a state, not all of the text, or "
                 "counts distances in columns (ALiBi); this method needs full attention in every layer"
             )
+        if self._network is None and self._config._attn_implementation not in ("eager", "sdpa"):
+            raise UserError(
+                f"{type(self._spec.model).__name__} has {self._config._attn_implementation} attention, which takes no "
+                "mask of who sees whom; this method needs it: load the model with sdpa attention"
+            )
 
     def _is_forked(self, number: int) -> bool:
         """Whether a layer is run, and cached, for each voice by itself."""

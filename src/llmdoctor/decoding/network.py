@@ -247,7 +247,10 @@ class Network:
             # Finite: a padded token sees nothing at all, and must not become NaN.
             mask.masked_fill_(~seen, torch.finfo(dtype).min)
         rows, _, count, width = mask.shape
-        return mask[:, :, :, None].expand(rows, 1, count, self.group, width).reshape(rows, 1, count * self.group, width)
+        # GPUs' kernels want rows to begin at multiples of eight, and would copy it so in every layer.
+        bias = mask.new_empty(rows, 1, count, self.group, -(-width // 8) * 8)[..., :width]
+        bias.copy_(mask[:, :, :, None].expand(bias.shape))
+        return bias.flatten(2, 3)
 
 
 def network_of(decoder: Any) -> Network | None:

@@ -22,7 +22,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, digest, write_json, write_text
 from llmdoctor.models.card import model_card
 from llmdoctor.models.hub import hub_folder
-from llmdoctor.models.layers import cast_weights
+from llmdoctor.models.layers import merge_adapter
 from llmdoctor.models.loading import (
     LoadedModel,
     load_model,
@@ -108,11 +108,12 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [...] float32."""
-        x = self.norm(hidden.float())
-        if self.inner is not None:
-            x = nn.functional.silu(self.inner(x))
-        return self.out(x).squeeze(-1)
+        """[..., D] -> [...] float32, also in autocast: squares of differences of flows are taken of it."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = self.norm(hidden.float())
+            if self.inner is not None:
+                x = nn.functional.silu(self.inner(x))
+            return self.out(x).squeeze(-1)
 
 
 class Doctor(nn.Module):
@@ -318,8 +319,7 @@ class Doctor(nn.Module):
         if self.doctor_config.lora:
             tuned = {name: parameter for name, parameter in lm.named_parameters() if "lora_" in name}
             fingerprint["model"] = digest([fingerprint.get("model"), tensors_fingerprint(tuned)])
-            dtype = self.causal_lm.dtype
-            lm = cast_weights(cast_weights(lm, torch.float32).merge_and_unload(), dtype)
+            lm = merge_adapter(lm)
         else:
             fingerprint["model"] = weights_fingerprint(lm)
         lm.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,28 @@ def cast_weights(model: Any, dtype: torch.dtype) -> Any:
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
+
+
+def merge_adapter(model: Any) -> Any:
+    """A PEFT model's base with the adapter folded into its weights, in float32 layer by layer, rounded once.
+
+    All layers at once would take another two copies of the model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            weights = list(module.get_base_layer().parameters())
+            dtypes = [weight.dtype for weight in weights]
+            for weight in weights:
+                weight.data = weight.data.float()
+            module.merge()
+            for weight, dtype in zip(weights, dtypes, strict=True):
+                weight.data = weight.data.to(dtype)
+    with warnings.catch_warnings():
+        # That all is merged already.
+        warnings.simplefilter("ignore")
+        return model.merge_and_unload()
 
 
 def small_config(config: Any, kept: Sequence[int]) -> Any:

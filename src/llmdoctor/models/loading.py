@@ -217,6 +217,26 @@ def _resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
+def need_one_gpu(model: Any, count: int | None = None) -> None:
+    """UserError where a model that is to be trained lies on several GPUs, or this process would use several.
+
+    The latter cuts each batch between the GPUs, which would part chosen and rejected responses.
+
+    Args:
+        model: what is to be trained.
+        count: GPUs that this process will use; as transformers' trainer would have it if None.
+    """
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise UserError("what is trained must lie on one device, and is spread over several: give one, such as cuda:0")
+    if count is None:
+        count = torch.cuda.device_count() if model.device.type == "cuda" and "LOCAL_RANK" not in os.environ else 1
+    if count > 1:
+        raise UserError(
+            f"{count} GPUs in one process are not supported: start one process a GPU with torchrun "
+            "(--nproc-per-node 1 trains on the first alone), or show this one a single GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16 (AMX or AVX512_BF16).
 

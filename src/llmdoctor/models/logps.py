@@ -245,6 +245,12 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        # In autocast products of float32 weights would be in half precision.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _FrozenHeadLogps._forward(ctx, hidden, weight, bias, labels)
+
+    @staticmethod
+    def _forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         space = _Workspace(weight, bias, len(hidden))
         found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         jacobian = torch.empty_like(hidden)
@@ -254,7 +260,10 @@ class _FrozenHeadLogps(torch.autograd.Function):
             chosen = logits.gather(-1, labels[part, None])
             log_total, total = _exponentials(logits)
             found[part] = (chosen - log_total)[:, 0]
-            jacobian[part] = weight[labels[part]].float() - space.times_weight(logits) / total
+            # Subtracted after the product, W[y] and a sum that is nearly W[y] would leave rounding where the token is
+            # likely: (Σ_v p_v W[v]) − W[y] = Σ_{v≠y} p_v W[v] − (1 − p_y) W[y].
+            others = logits.gather(-1, labels[part, None]) - total
+            jacobian[part] = space.times_weight(logits.scatter_(-1, labels[part, None], others)) / -total
         ctx.save_for_backward(jacobian)
         return found
 

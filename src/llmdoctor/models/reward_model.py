@@ -22,7 +22,7 @@ from llmdoctor.errors import FingerprintMismatch, UserError, first_line
 from llmdoctor.files import atomic_folder, digest, sha256_file, write_json
 from llmdoctor.models import builtin
 from llmdoctor.models.context import context_of
-from llmdoctor.models.layers import cast_weights
+from llmdoctor.models.layers import cast_weights, merge_adapter
 from llmdoctor.models.loading import (
     _LOAD_FAILURES,
     LoadedModel,
@@ -305,7 +305,7 @@ def _load_trained(folder: Path, base: LoadedModel | None, options: dict[str, Any
     dtype = base.model.dtype
     encoder = ChatEncoder.for_model(base.model, base.tokenizer)
     tuned = PeftModel.from_pretrained(base_classifier(base), str(folder / ADAPTER_FOLDER))
-    model = cast_weights(cast_weights(tuned, torch.float32).merge_and_unload(), dtype)
+    model = cast_weights(merge_adapter(tuned), dtype)
     fingerprint = {**base.fingerprint, "model": digest([base.fingerprint.get("model"), sha256_file(weights)])}
     return RewardModel(_frozen(model), base.tokenizer, str(folder), fingerprint, encoder)
 

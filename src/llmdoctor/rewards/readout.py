@@ -114,7 +114,9 @@ class Readout:
         for places, states, mask in _read(self.patient, rows, self.fit.layers):
             rewards = torch.zeros(mask.shape, dtype=torch.float64)
             for layer, weights in zip(states, self.weights, strict=True):
-                rewards += layer.double().cpu() @ weights
+                # Where the layer lies, in float64 if that can be.
+                there = weights.to(layer.device, torch.float32 if layer.device.type == "mps" else torch.float64)
+                rewards += (layer.to(there.dtype) @ there).cpu()
             rewards /= mask.sum(-1, keepdim=True).cpu()
             for place, row in zip(places, rewards, strict=True):
                 found[place] = row[: len(rows[place][1])].clone()
@@ -334,7 +336,7 @@ def _pooled(
     for places, states, mask in _read(patient, rows, layers):
         weight = (mask / mask.sum(-1, keepdim=True))[:, :, None]
         # Layers need not all lie on one device.
-        means = [(layer.float() * weight.to(layer.device)).sum(1).double().cpu() for layer in states]
+        means = [(layer.float() * weight.to(layer.device)).sum(1).cpu().double() for layer in states]
         for place, row in zip(places, torch.stack(means, dim=1), strict=True):
             found[place] = row
         read += len(places)

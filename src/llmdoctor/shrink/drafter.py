@@ -24,7 +24,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.files import claim
 from llmdoctor.models.draft import CONFIG_NAME, DraftModel, save_draft
 from llmdoctor.models.layers import decoder_layers
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, need_one_gpu
 from llmdoctor.shrink.distil import (
     Batch,
     DistilOptions,
@@ -128,6 +128,7 @@ def make_draft(
             "from which guesses that do not hold cannot be taken back"
         )
     size = patient_head(patient).weight.shape[0]
+    need_one_gpu(patient.model)
     DraftModel.from_layers(patient.model, layers, torch.arange(1))
     parts = parts_of(output)
     claim(parts, fingerprint, "Delete that folder, or give another output folder.")

@@ -104,7 +104,8 @@ def mean_overlap(
     total = torch.zeros(3, dtype=torch.float64)
     for part in _chunks(hidden, head):
         found = overlap(head.logits(hidden[part]), head.logits(teacher_hidden[part]), _of(log_normalisers, part))
-        total += torch.stack([each.double().sum() for each in found]).cpu()
+        # Some devices have no float64.
+        total += torch.stack([each.cpu().double().sum() for each in found])
     accepted, nats, mass = total.tolist()
     return accepted, nats, mass
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.files import atomic_folder, claim, write_json
 from llmdoctor.models.layers import cast_weights, choose_layers, decoder_layers, keep_layers, parse_layers, weights_read
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, need_one_gpu
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.shrink.distil import (
     Batch,
@@ -100,6 +100,7 @@ def shrink(
     if finished is not None:
         return finished
     # Refused before anything is drawn, not after hours.
+    need_one_gpu(patient.model)
     small = keep_layers(patient.model, kept)
     head = patient_head(patient)
     parts = parts_of(output)

@@ -232,7 +232,8 @@ class RoundsTrainer(TFPOTrainer):
         """The rows of a round, drawn with the doctor as it is now if they are not there yet."""
         if self._open is None or self._open[0] != number:
             path = Path(self.args.output_dir) / "rows" / f"{number:03d}.parquet"
-            with self.args.main_process_first(desc=f"round {number}"):
+            # One of all machines' processes: they share the folder.
+            with self.args.main_process_first(local=False, desc=f"round {number}"):
                 if not path.is_file():
                     found = self._draw(number)
                     with atomic_path(path) as partial:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel, load_model, need_one_gpu
 from llmdoctor.models.merging import merge_doctors
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
@@ -73,6 +73,7 @@ def train_doctor(
         TrainingDiverged: see `TFPOTrainer`.
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
+    need_one_gpu(base.model)
     _check_heard(config, rounds)
     output = Path(config.output_dir)
     if rounds.rounds and not options.lora:

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llmdoctor.data.collate import SIDES, RewardCollator, in_parts
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
+from llmdoctor.models.loading import need_one_gpu
 from llmdoctor.rewards.face_scorer import FaceScorer
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.flows import balance_potential, state_mask
@@ -48,7 +49,7 @@ class TFPOTrainer(Trainer):
 
     Raises:
         TrainingDiverged: loss or gradient is not finite. The last weights that worked are kept as a checkpoint.
-        UserError: several GPUs in one process.
+        UserError: several GPUs in one process, or arguments for another kind of device than the doctor is on.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -63,11 +64,11 @@ class TFPOTrainer(Trainer):
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.n_gpu > 1:
-            # DataParallel would cut the batch between chosen and rejected responses.
+        need_one_gpu(model.causal_lm, args.n_gpu)
+        if args.device.type != model.causal_lm.device.type:
             raise UserError(
-                f"{args.n_gpu} GPUs in one process are not supported: start one process a GPU with torchrun, or show "
-                "this one a single GPU with CUDA_VISIBLE_DEVICES=0"
+                f"the doctor is on {model.causal_lm.device.type} and would be moved to {args.device.type}, where what "
+                "it is trained beside is not: load it there, or give use_cpu"
             )
         collator = RewardCollator(model.encoder, args.max_prompt_length, packed=model.packs_pairs)
         model.detach_value = args.value_detach
@@ -162,10 +163,10 @@ class TFPOTrainer(Trainer):
         finite = torch.isfinite(loss)
         # Under fp16 infinite gradients are how the scaler finds its scale; it skips those steps itself.
         if self.accelerator.scaler is None:
-            for parameter in self._trained():
-                if parameter.grad is not None:
-                    finite = finite & torch.isfinite(parameter.grad).all()
-        if not bool(finite):
+            gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+            finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        # All processes stop together: to save is something that they do together.
+        if self._anywhere(~finite):
             self._stop_diverged(loss, model, inputs)
         if self._sound is None or self._sound[0] != self.state.global_step:
             self._sound = (self.state.global_step, [parameter.detach().clone() for parameter in self._trained()])
@@ -177,7 +178,8 @@ class TFPOTrainer(Trainer):
     def _stop_diverged(self, loss: Tensor, model: nn.Module, inputs: dict[str, Any]) -> None:
         failed = self.state.global_step + 1
         self.model.zero_grad(set_to_none=True)
-        if self._sound is not None and not self._rewards_broke_it(loss, model, inputs):
+        by_rewards = self._anywhere(torch.tensor(self._rewards_broke_it(loss, model, inputs), device=loss.device))
+        if self._sound is not None and not by_rewards:
             # The step before broke the weights, and it shows only now: go back to those that gave a finite loss.
             self.state.global_step, kept = self._sound
             with torch.no_grad():
@@ -198,8 +200,16 @@ class TFPOTrainer(Trainer):
             return False
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            without = self.compute_loss(model, {**inputs, "token_rewards": torch.zeros_like(inputs["token_rewards"])})
+            # Not by way of what keeps processes in step: only some of them may come by here.
+            bare = self.accelerator.unwrap_model(model)
+            without = self.compute_loss(bare, {**inputs, "token_rewards": torch.zeros_like(inputs["token_rewards"])})
         return bool(torch.isfinite(without))
+
+    def _anywhere(self, flag: Tensor) -> bool:
+        """Whether a flag is up in any of the processes."""
+        if self.accelerator.num_processes > 1:
+            flag = self.accelerator.reduce(flag.float(), reduction="sum") > 0
+        return bool(flag)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
