@@ -275,7 +275,9 @@ def test_without_trl_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     kit, _ = kit_of(tiny_folder, bench_sources, models)
-    with pytest.raises(UserError, match=rf"{method} is trained by TRL.*: pip install 'llmdoctor\[bench\]'$"):
+    with pytest.raises(
+        UserError, match=rf"{method} is trained by TRL.*: pip install -e '\.\[bench\]' in llmdoctor's folder$"
+    ):
         kit.trained(kind, 5)
 
 

@@ -135,6 +135,7 @@ def test_two_doctors_of_one_name(cli: Cli, good: Cli, finished: Path, tiny_folde
         (["generate"], "give either one PROMPT or --prompts FILE"),
         (["generate", "Hi", "--prompts", "x.txt"], "give either one PROMPT or --prompts FILE"),
         (["generate", "--prompts", "x.txt"], "--prompts and --output belong together"),
+        (["generate", "--prompts", "x.txt", "-o", "x.txt"], "holds the prompts, and would be written over"),
         (["generate", " "], "the prompt is empty"),
         (["generate", "Hi", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["generate", "Hi", "--alpha", "x"], "Invalid value for '--alpha'"),

@@ -406,7 +406,7 @@ def test_without_trl(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     line = refused(cli, "table", "-o", tmp_path / "out", "--method", "dpo", *own_task(own), *size)
-    assert "DPO is trained by TRL, which is not installed: pip install 'llmdoctor[bench]'" in line
+    assert "DPO is trained by TRL, which is not installed: pip install -e '.[bench]'" in line
     assert cell_files(tmp_path / "out")
 
 

@@ -196,7 +196,7 @@ def test_a_key_that_is_needed_and_not_set_is_named():
 
 def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"needs the openai package: pip install 'llmdoctor\[judge\]'"):
+    with pytest.raises(UserError, match=r"needs the openai package: pip install -e '\.\[judge\]'"):
         judge_of("http://127.0.0.1:1/v1")
 
 

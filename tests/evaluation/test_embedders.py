@@ -42,7 +42,7 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(path, message):
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'llmdoctor\[embed\]'.*package.module:function"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[embed\]'.*package.module:function"):
         get_embedder("all-MiniLM-L6-v2")
 
 

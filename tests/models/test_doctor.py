@@ -145,6 +145,23 @@ def test_merged_weights_are_nobody_elses(tiny_folder: Path, tmp_path: Path, lora
     assert not fresh_doctor(load(tiny_folder)).doctor_config.is_on(first)
 
 
+def test_weights_that_were_cut_and_a_base_that_is_gone_are_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    fresh_doctor(load(base)).save_pretrained(tmp_path / "d")
+    weights = tmp_path / "d/adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:40])
+    with pytest.raises(UserError, match=r"is not whole: adapter/adapter_model.safetensors is cut or no weights at all"):
+        Doctor.from_pretrained(tmp_path / "d", dtype="float32", device="cpu")
+    weights.write_bytes(whole)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"the base of the doctor .*/d, as it was trained: There is no folder .*/base"):
+        Doctor.from_pretrained(tmp_path / "d", dtype="float32", device="cpu")
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="its training has not finished: run the same command again"):
+        DoctorConfig.load(tmp_path / "begun")
+
+
 def test_the_value_head_keeps_float32_in_autocast() -> None:
     torch.manual_seed(0)
     head = ValueHead(16, width=8)

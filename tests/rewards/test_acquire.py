@@ -251,6 +251,14 @@ def test_progress_counts_every_pair_once(shared_model: LoadedModel, tmp_path: Pa
         assert all(pairs > 0 for pairs in seen)
 
 
+def test_options_that_let_no_pair_through_may_be_mended(shared_model: LoadedModel, tmp_path: Path) -> None:
+    nothing = ScoringOptions(max_prompt_length=3, too_long="skip")
+    with pytest.raises(UserError, match="every pair was skipped, so there are no rewards; allow longer prompts"):
+        acquire(shared_model, some_pairs(5), tmp_path / "s", scoring=nothing)
+    store = acquire(shared_model, some_pairs(5), tmp_path / "s", scoring=replace(nothing, max_prompt_length=300))
+    assert len(store) == 5
+
+
 def test_a_run_that_is_too_large_goes_on_with_fewer_tokens_at_once(shared_model: LoadedModel, tmp_path: Path) -> None:
     whole = acquire(shared_model, some_pairs(20), tmp_path / "whole", scoring=ScoringOptions(shard_size=9))
     shards = tmp_path / "s" / "logps"

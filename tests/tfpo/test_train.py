@@ -29,6 +29,7 @@ from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.options import RECORDED, DoctorOptions, lora_arguments, recorded
 from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import train_doctor
+from llmdoctor.tfpo.trainer import TFPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,22 @@ def test_a_resumed_run_starts_at_the_last_whole_checkpoint(
     (checkpoints / "checkpoint-16" / "trainer_state.json").unlink()
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-14"
     assert last_checkpoint(tmp_path) is None
+
+
+def test_settings_that_ended_a_run_before_its_first_step_may_be_mended(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    settings = checkpointed(tmp_path / "d", max_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TFPOTrainer, "train", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            train_doctor(load(tiny_folder), store, settings, rounds=PAIRS, options=OPTIONS)
+    assert (tmp_path / "d" / "checkpoints" / "fingerprint.json").is_file()
+    mended = checkpointed(tmp_path / "d", max_steps=2, eta=0.5)
+    assert train_doctor(load(tiny_folder), store, mended, rounds=PAIRS, options=OPTIONS).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def require_trl(method: str) -> None:
         import trl  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{method} is trained by TRL, which is not installed: pip install 'llmdoctor[bench]'"
+            f"{method} is trained by TRL, which is not installed: pip install -e '.[bench]' in llmdoctor's folder"
         ) from error
 
 

@@ -123,6 +123,8 @@ def generate(
         raise UserError("give either one PROMPT or --prompts FILE")
     if (prompts is None) != (output is None):
         raise UserError("--prompts and --output belong together")
+    if prompts is not None and output is not None and Path(prompts).resolve() == output.resolve():
+        raise UserError(f"{output} holds the prompts, and would be written over; give the answers a file of their own")
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty")
     params = SamplingParams(**sampling, stop=tuple(stop))

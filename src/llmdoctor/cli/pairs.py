@@ -40,7 +40,7 @@ _Scorer = Annotated[
         "--scorer",
         metavar="NAME",
         help="What makes an answer good: vader (sentiment; the default), flesch (readability), brevity, nontoxic, "
-        "or your own function as package.module:function.",
+        "or your own function as package.module:function (a list of answers to a list of numbers).",
     ),
 ]
 _Faces = Annotated[

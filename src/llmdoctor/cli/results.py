@@ -25,6 +25,8 @@ class ResultFile:
     """
 
     def __init__(self, target: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
+        if target.is_dir():
+            raise UserError(f"{target} is a folder; the answers need a file, such as {target / 'answers.jsonl'}")
         self.target = target
         self.recipe = {"schema_version": SCHEMA_VERSION, **recipe}
         self.partial = target.with_name(f"{target.name}.partial")

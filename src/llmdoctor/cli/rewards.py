@@ -58,7 +58,7 @@ DimensionOption = Annotated[
     typer.Option(
         "--dimension",
         metavar="NAME",
-        help="Only pairs with this label, for data with several.",
+        help="Only pairs with this label, for data with several; pairs without any label are taken for it.",
         rich_help_panel="Data",
     ),
 ]

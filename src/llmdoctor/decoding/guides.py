@@ -11,7 +11,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
-from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, check_doctor, local_folder
+from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, check_doctor, load_base, local_folder
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.models.vocab import Translation, Vocabulary, same_vocabulary
@@ -86,7 +86,7 @@ def load_guide(
     reference: LoadedModel | Literal["patient"] | None = None
     if config.lora:
         # One copy of the base serves the doctor, its reference and, where it is the same, the patient.
-        base = patient if on_patient else load_model(spec, **options)
+        base = patient if on_patient else load_base(folder, spec, **options)
         check_doctor(folder, config, base)
         adapter = None
         if network_of(base.model.get_decoder()) is not None:
@@ -107,7 +107,7 @@ def load_guide(
         own = load_model(spec, **options) if on_patient or form == "ratio" else base
         return Guide(name, Doctor.from_pretrained(folder, base=own, **options).merged(), reference)
     if form == "ratio":
-        base = patient if on_patient else load_model(spec, **options)
+        base = patient if on_patient else load_base(folder, spec, **options)
         check_doctor(folder, config, base)
         reference = "patient" if on_patient else base
     return Guide(name, Doctor.from_pretrained(folder, **options).merged(), reference)

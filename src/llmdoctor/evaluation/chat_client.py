@@ -47,7 +47,9 @@ class ChatClient:
         try:
             import openai
         except ImportError as error:
-            raise UserError("a chat judge needs the openai package: pip install 'llmdoctor[judge]'") from error
+            raise UserError(
+                "a chat judge needs the openai package: pip install -e '.[judge]' in llmdoctor's folder"
+            ) from error
         self._openai = openai
         self._endpoint = endpoint
         self._key = endpoint.api_key()

@@ -32,7 +32,7 @@ def _sentence_transformer(name: str) -> Embedder:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            f"embedder {name!r} needs sentence-transformers (pip install 'llmdoctor[embed]'); "
+            f"embedder {name!r} needs sentence-transformers (pip install -e '.[embed]' in llmdoctor's folder); "
             "or name your own as package.module:function"
         ) from error
     try:

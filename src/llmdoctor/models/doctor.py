@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,7 +76,13 @@ class DoctorConfig:
         """Read `doctor.json`; raises UserError when it is missing, broken or of another schema."""
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
-            raise UserError(f"{folder} is not a doctor: it has no {CONFIG_NAME} (train one with `llmdoctor train`)")
+            begun = (Path(folder) / "checkpoints").is_dir()
+            remedy = (
+                "its training has not finished: run the same command again"
+                if begun
+                else ("train one with `llmdoctor train`")
+            )
+            raise UserError(f"{folder} is not a doctor: it has no {CONFIG_NAME} ({remedy})")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -210,7 +217,7 @@ class Doctor(nn.Module):
         if config.lora:
             from peft import PeftModel
 
-            base = base or load_model(config.base, **options)  # type: ignore[arg-type]
+            base = base or load_base(folder, config.base, **options)
             check_doctor(folder, config, base)
             lm = PeftModel.from_pretrained(base.model, str(folder / ADAPTER_FOLDER), is_trainable=trainable)
             tokenizer = base.tokenizer
@@ -383,12 +390,29 @@ def local_folder(path: str | Path) -> Path:
     return hub_folder(str(path), "doctor")
 
 
+def load_base(folder: Path, spec: str, **options: Any) -> LoadedModel:
+    """The model that the doctor in `folder` was trained on; an error says whose base it is."""
+    try:
+        return load_model(spec, **options)
+    except UserError as error:
+        raise UserError(f"the base of the doctor {folder}, as it was trained: {error}") from error
+
+
 def check_whole(folder: Path, config: DoctorConfig) -> None:
     """UserError where the doctor in `folder` lacks a file."""
     weights = f"{ADAPTER_FOLDER}/adapter_model.safetensors" if config.lora else f"{MODEL_FOLDER}/config.json"
     absent = [name for name in (weights, VALUE_HEAD_NAME) if not (folder / name).is_file()]
     if absent:
         raise UserError(f"the doctor {folder} is not whole: it lacks {', '.join(absent)}")
+    for name in (weights, VALUE_HEAD_NAME):
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="pt") as stored:
+                    stored.keys()
+            except SafetensorError as error:
+                raise UserError(
+                    f"the doctor {folder} is not whole: {name} is cut or no weights at all ({error}); copy it again"
+                ) from error
 
 
 def check_doctor(folder: Path, config: DoctorConfig, base: LoadedModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -40,6 +41,8 @@ from llmdoctor.rewards.store import (
     RewardStore,
     read_manifest,
 )
+
+LOGPS_FOLDER = "logps"
 
 Progress = Callable[[int], None]
 """Called with the number of pairs that were just finished."""
@@ -174,6 +177,10 @@ def _prepare_manifest(
         "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
     }
     stored = read_manifest(folder)
+    # Where nothing was scored yet, nothing is lost: options that let nothing through may be mended.
+    if stored is not None and not stored["complete"] and not _any_scored(folder):
+        shutil.rmtree(folder / LOGPS_FOLDER, ignore_errors=True)
+        stored = None
     if stored is not None:
         before = {key: value for key, value in stored["fingerprint"].items() if key != "data"}
         if before != fingerprint:
@@ -204,6 +211,10 @@ def _prepare_manifest(
     return manifest
 
 
+def _any_scored(folder: Path) -> bool:
+    return any(pq.read_metadata(path).num_rows for path in (folder / LOGPS_FOLDER).glob("*.parquet"))
+
+
 @dataclass
 class _Encoded:
     """One pair as ids, under both faces."""
@@ -224,7 +235,7 @@ class _ShardWriter:
     def __init__(
         self, folder: Path, patient: LoadedModel, encoder: ChatEncoder, faces: FacePair, options: ScoringOptions
     ) -> None:
-        self.folder = folder / "logps"
+        self.folder = folder / LOGPS_FOLDER
         self.encoder = encoder
         self.options = options
         self.skipped = 0
@@ -323,7 +334,7 @@ class _ShardWriter:
 
 def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[str, Any]:
     """Importance and rewards of all shards into rewards.parquet, whole; returns counts for the manifest."""
-    paths = [folder / "logps" / f"{index:05d}.parquet" for index in range(shards)]
+    paths = [folder / LOGPS_FOLDER / f"{index:05d}.parquet" for index in range(shards)]
     if not any(pq.read_metadata(path).num_rows for path in paths):
         raise UserError("every pair was skipped, so there are no rewards; allow longer prompts")
     theta: float = options.theta

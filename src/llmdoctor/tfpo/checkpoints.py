@@ -91,7 +91,9 @@ def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, re
         shutil.rmtree(retired, ignore_errors=True)
         folder.replace(retired)
         shutil.rmtree(retired, ignore_errors=True)
-    if _is_json(marker):
+    # Where nothing was trained yet, nothing is lost: settings that ended a run at once may be mended.
+    begun = folder.is_dir() and any(path != marker for path in folder.iterdir())
+    if begun and _is_json(marker):
         check_same_training(folder, json.loads(marker.read_text(encoding="utf-8")), current)
     write_json(marker, current)
     return last_checkpoint(folder)

@@ -52,7 +52,7 @@ class TFPOConfig(TrainingArguments):
         default="subtb",
         metadata={
             "help": "subtb: flow balance over all sub-trajectories; squared_error: the no-flow ablation, log π̂/π_ref "
-            "fitted to r/η token by token; none: value loss alone (ablation)."
+            "fitted to r/η token by token; none: no flow balance, only the losses whose weights are above 0."
         },
     )
     reference_anchor: bool = field(
@@ -158,6 +158,23 @@ class TFPOConfig(TrainingArguments):
             raise UserError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
         if self.max_tokens_at_once < 1:
             raise UserError(f"max_tokens_at_once must be at least 1, got {self.max_tokens_at_once}")
+        # transformers finds these out deep inside, or not at all.
+        checks = {
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive"),
+            "num_train_epochs": (0 < self.num_train_epochs < math.inf, "positive"),
+            "max_steps": (self.max_steps == -1 or self.max_steps >= 1, "at least 1, or -1 for as many as epochs take"),
+            "per_device_train_batch_size": (self.per_device_train_batch_size >= 1, "at least 1"),
+            "per_device_eval_batch_size": (self.per_device_eval_batch_size >= 1, "at least 1"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "warmup_steps": (0 <= self.warmup_steps < math.inf, "0 or more"),
+            "save_steps": (0 < self.save_steps < math.inf, "positive"),
+            "save_total_limit": (self.save_total_limit is None or self.save_total_limit >= 1, "at least 1, or None"),
+            "seed": (0 <= self.seed < 2**32, "in [0, 2^32)"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
         if self.load_best_model_at_end:
             raise UserError(
                 "load_best_model_at_end is not supported: a doctor is what its last step left. Leave it out; every "
@@ -169,3 +186,8 @@ class TFPOConfig(TrainingArguments):
                 "another one. Leave it out; of a LoRA doctor that state is small"
             )
         super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of warm-up; none where they would be all there are, and nothing would be learned."""
+        found = int(super().get_warmup_steps(num_training_steps))
+        return found if found < num_training_steps else 0

@@ -57,12 +57,13 @@ class RoundOptions:
     Attributes:
         rounds: how many times prompts are answered under its guidance and it learns from that; 0 learns from the
             pairs instead.
-        pairs_weight: beside rounds, weight in [0, 1) of a second doctor, which learns from the pairs, in the mean of
-            both, which errs less than either; 0 trains none.
-        pairs_objective: what that second doctor learns, whatever the objective of the rounds: none the pairs' labels
-            alone, by the leaf loss; subtb or squared_error their token rewards as well.
+        pairs_weight: with rounds, share in [0, 1) of a second doctor, which learns from the pairs, in the mean of both,
+            which errs less than either; 0 trains none.
+        pairs_objective: with rounds, what that second doctor learns: none the pairs' labels alone, by the leaf loss;
+            subtb or squared_error their token rewards as well. The objective is then that of the rounds.
         pairs_first: learn from the pairs before the rounds, in one and the same doctor, instead of merging two.
-        round_prompts: prompts a round, drawn from those of the pairs; each is answered twice.
+        round_prompts: prompts a round, drawn from those of the pairs and rounded up to whole batches; each is answered
+            twice.
         round_eta: η of the read-out's rewards, which are in nats: DPO's β. Smaller tilts harder and takes more rounds.
         round_branch_coef: λ_branch, weight of the balance between the two answers to a prompt.
         round_leaf_coef: λ_leaf, weight of DPO's loss on them, with the one that the read-out likes better as the
