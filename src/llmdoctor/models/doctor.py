@@ -76,12 +76,9 @@ class DoctorConfig:
         """Read `doctor.json`; raises UserError when it is missing, broken or of another schema."""
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
-            begun = (Path(folder) / "checkpoints").is_dir()
-            remedy = (
-                "its training has not finished: run the same command again"
-                if begun
-                else ("train one with `llmdoctor train`")
-            )
+            remedy = "train one with `llmdoctor train`"
+            if (Path(folder) / "checkpoints").is_dir():
+                remedy = "its training has not finished: run the same command again"
             raise UserError(f"{folder} is not a doctor: it has no {CONFIG_NAME} ({remedy})")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))

@@ -178,7 +178,7 @@ def _prepare_manifest(
     }
     stored = read_manifest(folder)
     # Where nothing was scored yet, nothing is lost: options that let nothing through may be mended.
-    if stored is not None and not stored["complete"] and not _any_scored(folder):
+    if stored is not None and not stored.get("complete") and not _any_scored(folder):
         shutil.rmtree(folder / LOGPS_FOLDER, ignore_errors=True)
         stored = None
     if stored is not None:
