@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import lanes_of
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.decoding.row import Row, complete, open_row
@@ -129,15 +130,6 @@ def survivors(rows: Sequence[Row]) -> list[int] | None:
     return alive if len(alive) <= _COMPACT_BELOW * len(rows) else None
 
 
-def temperatures(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Temperatures [B], 1 where greedy, and which rows are greedy [B]."""
-    values = [row.request.sampling.temperature for row in rows]
-    return (
-        torch.tensor([value or 1.0 for value in values], device=device),
-        torch.tensor([value == 0 for value in values], device=device),
-    )
-
-
 def pick(rows: Sequence[Row], scores: Tensor) -> tuple[Tensor, list[float], list[bool]]:
     """One of each row's candidates by softmax(scores / temperature), or the best where the temperature is 0.
 
@@ -149,9 +141,11 @@ def pick(rows: Sequence[Row], scores: Tensor) -> tuple[Tensor, list[float], list
         choice [B], the log-probability of each choice (0 where greedy: the best is certain), and whether a row's scores
         are broken (NaN), whose choice then means nothing.
     """
-    temperature, greedy = temperatures(rows, scores.device)
+    values = [row.request.sampling.temperature for row in rows]
+    greedy = torch.tensor([value == 0 for value in values])
+    temperature = sent([value or 1.0 for value in values], scores.device)
     broken = (~scores.amax(-1).isfinite()).tolist()
     scores = scores.nan_to_num(nan=0.0) / temperature[:, None]
     choice = sample(scores, [row.next_key() for row in rows], greedy)
-    logps = scores.log_softmax(-1).gather(1, choice[:, None])[:, 0].masked_fill(greedy, 0.0)
+    logps = scores.log_softmax(-1).gather(1, choice[:, None])[:, 0].masked_fill(sent(greedy, scores.device), 0.0)
     return choice, logps.tolist(), broken

@@ -142,7 +142,7 @@ class TransferQ(Method):
         while True:
             logits = fork.step(torch.tensor([paths[order][-1] for order in alive]))[:, : self.width].float()
             keys = [rows[sources[order]].next_key() for order in alive]
-            greedy = torch.full((len(alive),), self.rollout_temperature == 0, device=logits.device)
+            greedy = torch.full((len(alive),), self.rollout_temperature == 0)
             scores = logits.nan_to_num(nan=0.0) / (self.rollout_temperature or 1.0)
             for order, token in zip(alive, sample(scores, keys, greedy).tolist(), strict=True):
                 paths[order].append(token)

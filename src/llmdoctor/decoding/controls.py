@@ -1,4 +1,4 @@
-"""The sampling parameters of a batch as tensors."""
+"""The settings of a batch as tensors on the host, where asking for them does not wait for a device."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.row import Row
 
 
 class Controls:
-    """Per-row settings as tensors [B] (betas [B, D], seen tokens [B, V]) on the device of the logits."""
+    """Per-row settings as tensors [B] (betas [B, D]); seen tokens [B, V] are on the device of the logits."""
 
-    _NAMES = ("alpha", "betas", "temperature", "greedy", "top_k", "top_p", "min_p", "penalty", "seen", "onset")
+    _NAMES = ("alpha", "betas", "temperature", "greedy", "top_k", "top_p", "min_p", "penalty", "onset")
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str], device: torch.device, width: int) -> None:
         requests = [row.request for row in rows]
         params = [request.sampling for request in requests]
 
         def tensor(values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return torch.tensor(values, dtype=dtype)
 
+        self.device = device
         self.alpha = tensor([request.alpha for request in requests])
         self.betas = tensor([[request.betas.get(name, 0.0) for name in names] for request in requests])
         self.betas = self.betas.view(len(requests), len(names))
@@ -55,7 +57,7 @@ class Controls:
         if not self.grows:
             return self
         part = copy.copy(self)
-        said = torch.tensor(lengths, dtype=self.betas.dtype, device=self.betas.device)
+        said = torch.tensor(lengths, dtype=self.betas.dtype)
         part.betas = self.betas * ((said + 1) / (self.onset + 1)).clamp(max=1.0)[:, None]
         return part
 
@@ -63,3 +65,5 @@ class Controls:
         """Drop the rows that are not in `places`."""
         for name in self._NAMES:
             setattr(self, name, getattr(self, name)[places])
+        if self.penalises:
+            self.seen = self.seen[places if isinstance(places, slice) else sent(places, self.device)]

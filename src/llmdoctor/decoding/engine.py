@@ -5,6 +5,7 @@ Shapes: B rows alive, V vocabulary, D guides. Every model keeps its own cache an
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
+from llmdoctor.decoding.device import fetched, sent
 from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
 from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
@@ -212,7 +214,7 @@ class GuidedDecoder:
 
     def _draw(self, ward: Ward, guided: bool) -> None:
         """Draw and book the next token of every row and, for as long as its guesses hold, those behind them."""
-        tree, on_cpu = ward.tree, ward.controls.alpha.device.type == "cpu"
+        tree, on_cpu = ward.tree, ward.controls.device.type == "cpu"
         # Asking for them waits for the whole pass.
         guesses = ward.guesses.tolist() if tree.guesses else []
         drawn: list[list[int]] = [[] for _ in ward.rows]
@@ -257,29 +259,31 @@ class GuidedDecoder:
         controls = controls.at([len(row.completion.token_ids) for row in rows])
         patient = logits[0][0].float()
         raw = (self.mixture if guided else _UNGUIDED).scores(logits, controls)
-        # The maximum of a row with a NaN is NaN, so this also finds rows in which a model broke.
-        broken = (~raw.amax(-1).isfinite()).tolist()
         scores = warped(raw, controls)
         keys = [row.key(len(row.completion.token_ids)) for row in rows]
-        tokens = sample(scores.nan_to_num(nan=0.0) if any(broken) else scores, keys, controls.greedy)
-        chosen = tokens[:, None]
-        logps = (raw.gather(1, chosen)[:, 0] - raw.logsumexp(-1)).tolist()
-        patient_logps = logps
+        tokens = sample(scores, keys, controls.greedy)
+        if controls.penalises:
+            ward.controls.seen[sent(places, device), tokens] = True
+
+        def logps_of(unnormalised: Tensor) -> Tensor:
+            return unnormalised.gather(1, tokens[:, None])[:, 0] - unnormalised.logsumexp(-1)
+
+        columns = [logps_of(raw)]
         if guided or bool((controls.alpha != 1).any()):
-            patient_logps = (patient.gather(1, chosen)[:, 0] - patient.logsumexp(-1)).tolist()
-        drawn_logps = logps
+            columns.append(logps_of(patient))
         if controls.warps:
-            drawn = scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)
-            drawn_logps = torch.where(controls.greedy, torch.zeros_like(drawn), drawn).tolist()
-        found: list[int] = tokens.tolist()
+            columns.append(logps_of(scores).masked_fill(sent(controls.greedy, device), 0.0))
+        numbers, logps, *others = fetched(tokens, *columns)
+        drawn_logps = others.pop() if controls.warps else logps
+        patient_logps = others.pop() if others else logps
+        found = list(map(int, numbers))
         for place, (row, token) in enumerate(zip(rows, found, strict=True)):
-            if broken[place]:
+            # The sum over a row with a NaN is NaN, so this also finds rows in which a model broke.
+            if not math.isfinite(logps[place]):
                 row.finish("error")
             else:
                 row.append(token, logps[place], patient_logps[place], drawn_logps[place])
                 ward.count(places[place], token)
-        if controls.penalises:
-            ward.controls.seen[torch.tensor(places, device=device), tokens] = True
         return found
 
 

@@ -1,7 +1,7 @@
 """The guided distribution and the warpers on it, as pure functions.
 
 Source: LLMdoctor (arXiv 2601.10416), guided decoding; the ratio form is this project's (docs/concepts.md).
-Shapes: B rows, V vocabulary, D doctors.
+Shapes: B rows, V vocabulary, D doctors. What is one number a row may be on the host: then the device is not waited for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from llmdoctor.decoding.device import sent
 
 
 def guided_scores(
@@ -48,14 +50,14 @@ def guided_scores(
 def _weighted_sum(
     patient: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], alpha: Tensor, betas: Tensor
 ) -> Tensor:
-    scores = patient if bool((alpha == 1).all()) else alpha[:, None] * patient
+    scores = patient if bool((alpha == 1).all()) else sent(alpha, patient.device)[:, None] * patient
     for index, (doctor, reference) in enumerate(pairs):
         beta = betas[:, index, None]
-        term = doctor.float() if reference is None else doctor.float() - reference.float()
         silent = beta == 0
+        term = doctor.float() if reference is None else doctor.float() - reference.float()
         if bool(silent.any()):
-            term = term.masked_fill(silent, 0.0)
-        scores = torch.addcmul(scores, beta, term)
+            term = term.masked_fill(sent(silent, term.device), 0.0)
+        scores = torch.addcmul(scores, sent(beta, term.device), term)
     return scores
 
 
@@ -68,8 +70,9 @@ def _without_shared_exclusions(doctor: Tensor, reference: Tensor | None) -> tupl
 
 def penalise_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Divide positive and multiply negative scores of `seen` [B, V] by `penalty` [B] (CTRL, arXiv 1909.05858)."""
-    penalised = torch.where(scores > 0, scores / penalty[:, None], scores * penalty[:, None])
-    return torch.where(seen & (penalty != 1.0)[:, None], penalised, scores)
+    penalty = sent(penalty, scores.device)[:, None]
+    penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return torch.where(seen & (penalty != 1.0), penalised, scores)
 
 
 def warp(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -85,24 +88,28 @@ def warp(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     Returns:
         [B, V] scores whose softmax is the distribution to sample from.
     """
-    scores = scores / temperature[:, None]
-    vocabulary = scores.shape[-1]
+    vocabulary, device = scores.shape[-1], scores.device
+    scores = scores / sent(temperature, device)[:, None]
     if bool((top_k > 0).any()):
         widest = min(int(top_k.max()), vocabulary)
         best = scores.topk(widest, dim=-1).values
-        kth = best.gather(-1, (top_k.clamp(min=1, max=widest) - 1)[:, None])
-        scores = scores.masked_fill((scores < kth) & (top_k > 0)[:, None], -torch.inf)
+        kept = sent(top_k, device)[:, None]
+        kth = best.gather(-1, kept.clamp(min=1, max=widest) - 1)
+        scores = scores.masked_fill((scores < kth) & (kept > 0), -torch.inf)
     rows = (top_p < 1.0).nonzero()[:, 0]
     if rows.numel():
+        most = sent(top_p[rows, None], device)
+        rows = sent(rows, device)
         ordered, order = scores[rows].sort(-1, descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        drop = before >= top_p[rows, None]
+        drop = before >= most
         drop[:, 0] = False
-        kept = ordered.masked_fill(drop, -torch.inf)
+        ordered = ordered.masked_fill(drop, -torch.inf)
         scores = scores.clone()
-        scores[rows] = torch.full_like(kept, -torch.inf).scatter(-1, order, kept)
+        scores[rows] = torch.full_like(ordered, -torch.inf).scatter(-1, order, ordered)
     if bool((min_p > 0).any()):
-        limit = scores.amax(-1, keepdim=True) + min_p.clamp(min=torch.finfo(scores.dtype).tiny).log()[:, None]
-        scores = scores.masked_fill((scores < limit) & (min_p > 0)[:, None], -torch.inf)
+        # Of a row without such a limit the logarithm is −∞, and nothing is below that.
+        limit = scores.amax(-1, keepdim=True) + sent(min_p.log(), device)[:, None]
+        scores = scores.masked_fill(scores < limit, -torch.inf)
     return scores

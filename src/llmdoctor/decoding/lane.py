@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import InPlaceLayer, new_cache, sees_everything
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
@@ -104,6 +105,7 @@ class Lane:
         self._cache = new_cache(spec.model.config, room)
         # Of each token of the tree that `grow` makes, the numbers of those on its branch, itself the last.
         self._branches: list[list[int]] = []
+        self._dense_up_to = 0.0
 
     @property
     def width(self) -> int:
@@ -128,7 +130,12 @@ class Lane:
     @property
     def has_holes(self) -> bool:
         """Whether `pack` can drop columns that no row sees, and they are so many that it pays."""
-        return self.sees_everything and self._mask.shape[1] > _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
+        width = self._mask.shape[1]
+        if width <= self._dense_up_to or not self.sees_everything:
+            return False
+        # As long as rows only grow there is nothing to ask a device for up to that width.
+        self._dense_up_to = _PACK_ABOVE * int(self._mask.sum(-1).max()) + _PACK_SLACK
+        return width > self._dense_up_to
 
     def prefill(self) -> Tensor:
         """Run the prompts; returns the logits [M·B, V] of each row's first token."""
@@ -181,9 +188,10 @@ class Lane:
 
     def keep(self, places: list[int]) -> None:
         """Make the rows those at `places`, in that order; a place may be named more than once."""
-        index = torch.tensor(places, device=self.device)
+        index = sent(places, self.device)
         spread = self._spread(index, len(self._mask))
         self._mask = self._mask[index]
+        self._dense_up_to = 0.0
         for number, layer in enumerate(self._cache.layers):
             which = spread if self._is_forked(number) else index
             if isinstance(layer, InPlaceLayer):
@@ -215,29 +223,34 @@ class Lane:
             branch[place, numbers] = True
         rows = len(self._mask)
         seen = torch.cat(
-            [self._mask.bool()[:, None].expand(-1, len(new), -1), branch.to(self.device).expand(rows, -1, -1)], dim=-1
+            [self._mask.bool()[:, None].expand(-1, len(new), -1), sent(branch, self.device).expand(rows, -1, -1)],
+            dim=-1,
         )
         dtype = self._decoder.dtype
         # Additive, because eager attention adds whatever it is given.
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
-        depths = torch.tensor([len(numbers) - 1 for numbers in new], device=self.device)
+        depths = sent([len(numbers) - 1 for numbers in new], self.device)
         positions = (self._mask.sum(-1, keepdim=True) + depths).clamp(max=self._last_position)
         return self._forward(tokens.to(self.device), positions, mask[:, None])
 
     def prune(self, branch: Tensor, kept: Tensor) -> None:
-        """Append, of the tree of the last calls of `grow`, the first `kept` [B] of `branch` [B, L]; drop the rest."""
+        """Append, of the tree of the last calls of `grow`, the first `kept` [B] of `branch` [B, L]; drop the rest.
+
+        Best on the host: what is to be done depends on them.
+        """
         self._branches = []
         start, most = self._mask.shape[1], int(kept.max())
-        branch, kept = branch[:, :most].to(self.device), kept.to(self.device)
-        places = torch.arange(most, device=self.device)
+        branch, kept = branch[:, :most].cpu(), kept.cpu()
+        places = torch.arange(most)
         column = places < kept[:, None]
         if bool(((branch != places) & column).any()):
+            branch = sent(branch, self.device)
             for number, layer in enumerate(self._cache.layers):
                 layer.pick(start, branch.repeat(len(self._voices), 1) if self._is_forked(number) else branch)
         elif (excess := self._cache.get_seq_length() - start - most) > 0:
             # What is kept stands where it belongs.
             self._cache.crop(-excess)
-        self._mask = torch.cat([self._mask, column.to(self._mask)], dim=1)
+        self._mask = torch.cat([self._mask, sent(column, self.device, self._mask.dtype)], dim=1)
 
     def peek(self, candidates: Tensor) -> Tensor:
         """Hidden states [M·B, K, D] after each of K next tokens [B, K]; `accept` or `forget` must be next."""
@@ -282,10 +295,10 @@ class Lane:
             UserError: a model whose attention is not full in every layer.
         """
         self.need_full_attention()
-        index = torch.tensor(places, device=self.device)
+        index = sent(places, self.device)
         spread = self._spread(index, len(self._mask))
         twin = copy.copy(self)
-        twin._branches = []
+        twin._branches, twin._dense_up_to = [], 0.0
         twin._mask = self._mask[index]
         twin._cache = new_cache(self._spec.model.config, self._mask.shape[1] + room)
         for number, (layer, own) in enumerate(zip(twin._cache.layers, self._cache.layers, strict=True)):
@@ -323,6 +336,7 @@ class Lane:
         self.need_full_attention()
         for place, start in zip(places, starts, strict=True):
             self._mask[place, start:] = 0
+        self._dense_up_to = 0.0
 
     def pack(self) -> Tensor:
         """Drop the columns that no row sees, each row's own to the right; returns old column -> new column [B, T + 1].

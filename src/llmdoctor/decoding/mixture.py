@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.controls import Controls
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guidance import guided_scores, penalise_repetition, warp
 from llmdoctor.decoding.guides import Voice
 
@@ -44,7 +45,8 @@ def _settled(logits: Tensor, controls: Controls) -> Tensor:
     if not controls.penalises:
         return logits
     logits = logits.float()
-    return torch.where((controls.penalty != 1)[:, None], logits.log_softmax(-1), logits)
+    penalised = sent(controls.penalty != 1, logits.device)
+    return torch.where(penalised[:, None], logits.log_softmax(-1), logits)
 
 
 def warped(scores: Tensor, controls: Controls, seen: Tensor | None = None) -> Tensor:

@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from llmdoctor.decoding.device import sent
+
 _BITS = 32
 _ELEMENTS_AT_ONCE = 1 << 18
 """Noise made together on a CPU: a block of this size stays in its cache."""
@@ -31,7 +33,7 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     Args:
         scores: [B, V], up to a constant per row; −inf excludes a token.
         keys: B numbers of 64 bits.
-        greedy: [B] bool.
+        greedy: [B] bool, best on the host: asking a device for it waits.
 
     Returns:
         [B] token ids.
@@ -39,7 +41,7 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     if bool(greedy.all()):
         return scores.argmax(-1)
     first = _finish(scores, keys, greedy, _all_words(*scores.shape[1:], scores.device)).argmax(-1)
-    return torch.where(greedy, scores.argmax(-1), first) if bool(greedy.any()) else first
+    return torch.where(sent(greedy, scores.device), scores.argmax(-1), first) if bool(greedy.any()) else first
 
 
 def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, tokens: Tensor) -> Tensor:
@@ -65,7 +67,9 @@ def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) 
         block = slice(start, start + rows)
         masses = (scores[block] - scores[block].amax(-1, keepdim=True)).exp_()
         times = waiting_times(keys[block], words)
-        found.append(masses.div_(times.masked_fill_(greedy[block, None], 1.0) if bool(greedy[block].any()) else times))
+        if bool(greedy[block].any()):
+            times.masked_fill_(sent(greedy[block, None], times.device), 1.0)
+        found.append(masses.div_(times))
     return torch.cat(found)
 
 
@@ -78,7 +82,7 @@ def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
     """
     # Signed, because torch has no unsigned products; they wrap around as those would.
     signed = [[_signed((key << 1 | 1) & 0xFFFFFFFF), _signed(key >> 32)] for key in keys]
-    factor, shift = torch.tensor(signed, dtype=torch.int32, device=words.device)[:, :, None].unbind(1)
+    factor, shift = sent(signed, words.device, torch.int32)[:, :, None].unbind(1)
     u = _mix(torch.addcmul(shift, factor, words)).float().abs_()
     # Below 1 by more than float32 rounds up.
     return u.add_(0.5).mul_(2.0**-31 * (1 - 2.0**-22)).neg_().log1p_().neg_()

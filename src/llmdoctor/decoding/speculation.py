@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import LaneSpec, Voice
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.errors import UserError
@@ -121,7 +122,7 @@ class DraftLane:
             parents: of each, its number among the guesses so far, from 0; −1 follows what was observed.
         """
         # The guesses' states stand behind that of the last token observed.
-        states = self._guesses[:, [parent + 1 for parent in parents]]
+        states = self._guesses[:, sent([parent + 1 for parent in parents], self._guesses.device)]
         embedded = self.draft.embed(tokens.repeat_interleave(self._voices, dim=0), states)
         self._guesses = torch.cat([self._guesses, self._lane.grow(embedded, parents)], dim=1)
         return self._logits(len(parents))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.controls import Controls
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import LaneSpec, Voice
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.mixture import Mixture, warped
@@ -132,7 +133,7 @@ class Ward:
             if inner:
                 places = [node - level[0] for node in inner]
                 says = [
-                    self._guessable(spec, states[-1][:, :, places])
+                    self._guessable(spec, states[-1][:, :, sent(places, states[-1].device)])
                     for spec, states in zip(self._specs[1:], ahead, strict=True)
                 ]
                 self._guess(tree, inner, says)
@@ -159,9 +160,9 @@ class Ward:
         said = [len(row.completion.token_ids) + depth for row in rows]
         controls = self.controls.of([place for place in range(len(self.rows)) for _ in inner]).at(said)
         # A stand-in may be on another device than the patient, where the controls are.
-        device = controls.alpha.device
+        device = controls.device
         logits = [tensor.flatten(1, 2).to(device) for tensor in (expected, *says)]
-        vocabulary = self._vocabulary.to(device)
+        vocabulary = self._vocabulary(device)
         seen = controls.seen[:, vocabulary] if controls.penalises else None
         scores = warped(self._mixture.scores(logits, controls), controls, seen).nan_to_num(nan=0.0)
         keys = [row.key(place) for row, place in zip(rows, said, strict=True)]
@@ -184,14 +185,13 @@ class Ward:
         # The draft reads what it has to guess behind, and no leaves.
         parents = [self._known[tree.parents[node - 1]] for node in inner]
         self._known |= {node: number for number, node in enumerate(inner, len(self._known) - 1)}
-        return self._draft.go_on(self.guesses[:, list(inner)], parents)
+        return self._draft.go_on(self.guesses[:, sent(inner, self.guesses.device)], parents)
 
-    @property
-    def _vocabulary(self) -> Tensor:
+    def _vocabulary(self, device: torch.device) -> Tensor:
         """[W] the tokens that may be guessed."""
         if self._model is not None:
-            return self._model.vocabulary
-        return torch.arange(self._width)
+            return self._model.vocabulary.to(device)
+        return torch.arange(self._width, device=device)
 
     def _guessable(self, spec: LaneSpec, states: Tensor) -> Tensor:
         """States [M, B, n, D] of a lane -> its logits [M, B, n, W] of the tokens that may be guessed."""
@@ -201,20 +201,22 @@ class Ward:
 
     def logits(self, places: Sequence[int], nodes: Sequence[int]) -> list[Tensor]:
         """Of each lane the logits [M, b, V] at one node of each of the rows at `places`."""
+
+        def there(tensor: Tensor, columns: Sequence[int] = nodes) -> Tensor:
+            return tensor[:, sent(places, tensor.device), sent(columns, tensor.device)]
+
         found = []
         for number, (lane, states) in enumerate(zip(self._lanes, self._states, strict=True)):
-            where = slice(None), list(places), list(nodes)
             if not isinstance(lane, Lane):
-                found.append(states[where])
+                found.append(there(states))
             elif number and self._said and all(node in self._asked for node in nodes):
-                columns = [self._asked.index(node) for node in nodes]
-                found.append(self._said[number - 1][:, list(places), columns])
+                found.append(there(self._said[number - 1], [self._asked.index(node) for node in nodes]))
             elif self.tree.guesses and states.shape[:3].numel() <= _FEW_STATES:
                 if number not in self._read:
                     self._read[number] = lane.outputs(states)
-                found.append(self._read[number][where])
+                found.append(there(self._read[number]))
             else:
-                found.append(lane.outputs(states[where]))
+                found.append(lane.outputs(there(states)))
         return found
 
     def count(self, place: int, token: int) -> None:
@@ -268,10 +270,9 @@ class Ward:
         width = max(1, *map(len, drawn))
 
         def padded(lists: Sequence[Sequence[int]]) -> Tensor:
-            return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], device=device)
+            return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists])
 
-        tokens, branch = padded(drawn), padded(nodes)
-        kept = torch.tensor([len(row) for row in drawn], device=device)
+        branch, kept = padded(nodes), torch.tensor([len(row) for row in drawn])
         if self.tree.guesses:
             for lane in self._lanes:
                 assert isinstance(lane, Lane)
@@ -279,8 +280,8 @@ class Ward:
                 if lane.has_holes:
                     lane.pack()
         if self._draft is not None:
-            self._draft.observe(tokens, kept, branch)
-        self._tokens = tokens[torch.arange(len(drawn), device=device), (kept - 1).clamp(min=0)]
+            self._draft.observe(sent(padded(drawn), device), sent(kept, device), sent(branch, device))
+        self._tokens = sent([row[-1] if row else 0 for row in drawn], device)
 
     def _by_voice(self, states: Tensor) -> Tensor:
         """[M·B, …] -> [M, B, …]."""
@@ -299,7 +300,7 @@ class Ward:
                 if not isinstance(lane, TranslatedLane) and lane.has_holes:
                     lane.pack()
             self.controls.keep(alive)
-            self._tokens = self._tokens[alive]
+            self._tokens = self._tokens[sent(alive, self._tokens.device)]
 
 
 def _advance(lane: Lane | TranslatedLane, tokens: Tensor) -> Tensor:
