@@ -47,7 +47,7 @@ import torch  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from benchmarks.memory import peak_of_process  # noqa: E402
+from benchmarks.memory import peak_where  # noqa: E402
 from benchmarks.record import record  # noqa: E402
 from llmdoctor.data.prompts import load_prompts  # noqa: E402
 from llmdoctor.decoding.adapter import Adapter  # noqa: E402
@@ -216,7 +216,7 @@ def memory(way: str, spec: str, doctor: Path, rows: int, tokens: int) -> None:
         if way == "guided_apart":
             guides = [replace(guides[0], model=merged(doctor, spec), adapter=None)]
     engine(patient, guides, rows, tokens)()
-    print(torch.cuda.max_memory_allocated() if patient.model.device.type == "cuda" else peak_of_process())
+    print(peak_where(patient.model.device))
 
 
 def peak(way: str, arguments: argparse.Namespace, doctor: Path, tokens: int) -> int:

@@ -50,7 +50,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from transformers.utils import logging
 
 from benchmarks.decoding import asked, engine, guesses, times_as_fast, transformers
-from benchmarks.record import record
+from benchmarks.record import circumstances, keep, record
 from benchmarks.throughput import WatchedDecoder
 from llmdoctor.decoding.adapter import Adapter, LayerDelta, LowRank
 from llmdoctor.decoding.guides import Guide
@@ -511,7 +511,10 @@ class DoesNotFit(Exception):
     """A patient that the device has no room for."""
 
 
-def measure_all(kit: Kit, configs: dict[str, Any], plan: Plan, minutes: float) -> dict[str, Any]:
+def measure_all(
+    kit: Kit, configs: dict[str, Any], plan: Plan, minutes: float, so_far: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All patients, one after the other; `so_far` is called with what there is after each."""
     clock = Clock(time.perf_counter() + 60 * minutes, len(configs) * len(plan.sizes))
     patients: dict[str, Any] = {}
     skipped: dict[str, str] = {}
@@ -534,6 +537,7 @@ def measure_all(kit: Kit, configs: dict[str, Any], plan: Plan, minutes: float) -
             print(f"{name}: skipped: {skipped[name]}", flush=True)
         # Out here the error, and with it the frames that hold the tensors, is gone.
         _let_go(kit.device)
+        so_far({"patients": patients, "skipped": skipped, "rows": rows})
     return {"patients": patients, "skipped": skipped, "rows": rows}
 
 
@@ -568,7 +572,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     says = "timings only: all weights are random, and how often guesses hold is given, not measured"
     print(f"{says}; prompts by the tokenizer of {arguments.tokenizer}")
     kit = Kit(torch.device(arguments.device), load_tokenizer(arguments.tokenizer))
-    result = measure_all(kit, {name: configs[name] for name in chosen}, plan, arguments.minutes)
+    head: dict[str, Any] = {
+        "benchmark": "gpu", "says": says, "tiny": arguments.tiny, "device": arguments.device, "weights": weights,
+        "tokenizer": arguments.tokenizer, "new_tokens": plan.tokens,
+    }  # fmt: skip
+    where = circumstances()
+
+    def so_far(result: dict[str, Any]) -> None:
+        # Its time may end before all patients are done.
+        keep({**head, **result, **where}, arguments.output)
+
+    result = measure_all(kit, {name: configs[name] for name in chosen}, plan, arguments.minutes, so_far)
     for name, found in result["patients"].items():
         memory = found["memory_ratio"]
         print(f"{name}: memory_ratio {'not measured on a CPU' if memory is None else f'{memory:.2f}'}", end="")
@@ -582,11 +596,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   f"{_rounded(found['speculative_vs_patient'][acceptance])}, speculative_vs_guided "
                   f"{_rounded(found['speculative_vs_guided'][acceptance])}; speculative_small_vs_patient "
                   f"{_rounded(found['speculative_small_vs_patient'][acceptance])}")  # fmt: skip
-    head = {
-        "benchmark": "gpu", "says": says, "tiny": arguments.tiny, "device": arguments.device, "weights": weights,
-        "tokenizer": arguments.tokenizer, "new_tokens": plan.tokens, "minutes": (time.perf_counter() - started) / 60,
-    }  # fmt: skip
-    record({**head, **result}, arguments.output)
+    record({**head, "minutes": (time.perf_counter() - started) / 60, **result}, arguments.output)
 
 
 def _rounded(values: dict[str, float] | None) -> str:

@@ -27,7 +27,12 @@ def circumstances() -> dict[str, Any]:
 def record(result: dict[str, Any], output: Path | None) -> None:
     """Add the `circumstances` to `result`; write it to `output`; print it without its rows."""
     result = {**result, **circumstances()}
+    keep(result, output)
+    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))
+
+
+def keep(result: dict[str, Any], output: Path | None) -> None:
+    """Write what there is so far to `output`, if asked for."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}))

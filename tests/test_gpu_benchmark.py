@@ -41,6 +41,23 @@ def test_a_rehearsal_measures_everything_but_memory(
         assert patient["vocabulary"] == 512
 
 
+def test_a_cut_leaves_what_was_done(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second patient is cut; the first one's rows are there, and say where they were measured."""
+    own, output = gpu.measure, tmp_path / "gpu.json"
+
+    def cut(kit: Any, name: str, *args: Any) -> Any:
+        if name == "tiny-llama":
+            raise KeyboardInterrupt
+        return own(kit, name, *args)
+
+    monkeypatch.setattr(gpu, "measure", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--tiny", "--tokenizer", str(tiny_folder), "--output", str(output)])
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert {row["patient"] for row in found["rows"]} == {"tiny-qwen"}
+    assert found.keys() >= {"machine", "commit", "tiny", "patients"}
+
+
 @pytest.mark.parametrize("by", ["draft", "doctors"])
 def test_guesses_hold_as_often_as_they_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """1 200 tokens in four rows; at 0 none of the first candidates holds, at 1 all do."""
