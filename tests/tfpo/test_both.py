@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,6 +296,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 
 
 PROCESSES = """
+import os
 import sys
 from pathlib import Path
 from llmdoctor.models.loading import load_model
@@ -303,7 +305,16 @@ from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
 from llmdoctor.tfpo.train import train_doctor
 from tiny import config
+from llmdoctor.tfpo import rounds
 model, rewards, folder = sys.argv[1:]
+draw = rounds.draw_answers
+def counted(doctor, conversations, *args, **kwargs):
+    with open(f"{folder}.drawn", "a") as file:
+        file.write(f"{len(conversations)}\\n")
+    if os.environ.get("FAILS") == os.environ["RANK"]:
+        raise RuntimeError("a fan broke")
+    return draw(doctor, conversations, *args, **kwargs)
+rounds.draw_answers = counted
 settings = config(Path(folder), save_strategy="epoch", learning_rate=1e-2, per_device_train_batch_size=2)
 base, patient = (load_model(model, dtype="float32", device="cpu") for _ in range(2))
 train_doctor(
@@ -313,19 +324,50 @@ train_doctor(
 """
 
 
-def test_two_processes_train_one_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
-    """Twice as many pairs a step, the same number as one process with batches of twice the size; written by one."""
-    script = tmp_path / "job.py"
-    script.write_text(PROCESSES)
+def in_two_processes(tiny_folder: Path, store: RewardStore, folder: Path, fails: str = "") -> list[tuple[int, str]]:
+    """The exit status of each, and what it said."""
     tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         script, tiny_folder, store.folder, tmp_path / "two"],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FAILS": fails,
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")]), "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESSES, tiny_folder, store.folder, folder],
+            env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def test_a_process_that_cannot_draw_stops_the_other(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """Else that one would wait for its answers for half an hour."""
+    (status, other), (own_status, own) = in_two_processes(tiny_folder, store, tmp_path / "two", fails="1")
+    assert status
+    assert own_status
+    assert own.strip().endswith("RuntimeError: a fan broke")
+    assert other.strip().endswith("UserError: process 1 stopped: RuntimeError: a fan broke")
+
+
+def test_two_processes_train_one_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """Twice as many pairs a step, the same number as one process with batches of twice the size; written by one.
+
+    Each draws half of the answers of both rounds: two to each of eight prompts, six in whole batches.
+    """
+    for status, said in in_two_processes(tiny_folder, store, tmp_path / "two"):
+        assert status == 0, said[-3000:]
+    assert (tmp_path / "two.drawn").read_text(encoding="utf-8").split() == ["8"] * 4
     alone = train(load(tiny_folder), store, tmp_path / "one", patient=load(tiny_folder))
     # Both add up the same gradients, in another order.
     expected, found = adapter(alone), adapter(tmp_path / "two")

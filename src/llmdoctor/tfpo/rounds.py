@@ -23,10 +23,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset as Rows
 from torch.utils.data import Dataset, SequentialSampler
 
@@ -48,6 +49,8 @@ from llmdoctor.rewards.store import SIDES
 from llmdoctor.rewards.transfer import carry_onto
 from llmdoctor.tfpo.config import OBJECTIVES, TFPOConfig
 from llmdoctor.tfpo.trainer import TFPOTrainer, with_reference
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ class RoundsTrainer(TFPOTrainer):
     """`TFPOTrainer` on answers under the doctor's guidance, drawn anew at the start of every round.
 
     A round's rows are kept in a file before the first step is taken on them, and a checkpoint is written after the last
-    one, so a run that was killed ends with the weights that it would have had.
+    one, so a run that was killed ends with the weights that it would have had. Several processes answer a share of a
+    round's prompts each.
 
     Args:
         model: a LoRA `Doctor`.
@@ -233,21 +237,64 @@ class RoundsTrainer(TFPOTrainer):
         """The rows of a round, drawn with the doctor as it is now if they are not there yet."""
         if self._open is None or self._open[0] != number:
             path = Path(self.args.output_dir) / "rows" / f"{number:03d}.parquet"
-            # One of all machines' processes: they share the folder.
-            with self.args.main_process_first(local=False, desc=f"round {number}"):
-                if not path.is_file():
-                    found = self._draw(number)
-                    with atomic_path(path) as partial:
-                        pq.write_table(found.data.table, partial)
+            if not self._anywhere(torch.tensor(path.is_file(), device=self.args.device)):
+                found = self._round(number)
+                # One of all machines' processes: they share the folder.
+                with self.args.main_process_first(local=False, desc=f"round {number}"):
+                    if self.args.process_index == 0:
+                        with atomic_path(path) as partial:
+                            pq.write_table(Rows.from_list(found).data.table, partial)
             self._open = number, pq.read_table(path).to_pylist()
         return self._open[1]
 
-    def _draw(self, number: int) -> Any:
+    def _round(self, number: int) -> list[dict[str, Any]]:
+        """All processes' rows of a round, in the order in which its prompts were drawn."""
+        answered = self._from_all(lambda: self._draw(number))
+        rewards = [total for _, totals in answered for total in totals]
+        rows = [row for _, row in sorted((pair for pairs, _ in answered for pair in pairs), key=lambda pair: pair[0])]
+        if not rows:
+            raise UserError(
+                f"round {number + 1}: none of {self.prompts_a_round} prompts has two answers that say something; are "
+                "they too long?"
+            )
+        self.log(
+            {
+                "round": float(number),
+                "round_reward": sum(reward for reward, _ in rewards) / len(rewards),
+                "round_length": sum(length for _, length in rewards) / len(rewards),
+            }
+        )
+        # Where a context was full before a word was said, others stand in.
+        return [rows[place % len(rows)] for place in range(self.prompts_a_round)]
+
+    def _from_all(self, work: Callable[[], T]) -> list[T]:
+        """What each of the processes makes of its own share; where one of them fails, all stop."""
+        if self.args.world_size == 1:
+            return [work()]
+        found, error = None, None
+        try:
+            found = work()
+        except Exception as failure:
+            # The others wait for what this one says.
+            error = failure
+        said: list[str] = gather_object([f"{type(error).__name__}: {error}" if error else ""])
+        if error:
+            raise error
+        failed = [f"process {place} stopped: {message}" for place, message in enumerate(said) if message]
+        if failed:
+            raise UserError("; ".join(failed))
+        parts: list[T] = gather_object([found])
+        return parts
+
+    def _draw(self, number: int) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[float, int]]]:
+        """This process's rows by the places of their prompts, and of each answer the reward and the tokens."""
         doctor: Doctor = self.accelerator.unwrap_model(self.model)
         rng = random.Random(f"{self.args.seed} {number}")
         chosen = rng.sample(self.prompts, len(self.prompts))
         chosen = [chosen[place % len(chosen)] for place in range(self.prompts_a_round)]
-        conversations = [tuple(json.loads(prompt)) for prompt in chosen for _ in SIDES]
+        seeds = [[rng.getrandbits(48) for _ in SIDES] for _ in chosen]
+        own = range(self.args.process_index, len(chosen), self.args.world_size)
+        conversations = [tuple(json.loads(chosen[place])) for place in own for _ in SIDES]
         training = doctor.training
         doctor.eval()
         give_back()
@@ -257,40 +304,29 @@ class RoundsTrainer(TFPOTrainer):
         answers = draw_answers(
             doctor,
             conversations,
-            [rng.getrandbits(48) for _ in conversations],
+            [seed for place in own for seed in seeds[place]],
             self.max_new_tokens,
             self.options.round_batch_size,
             patient=self.patient,
             told=None if told is None else lambda drawn: told("", drawn),
         )
         rewards = self.judge(conversations, [ids for ids, _ in answers], [ended for _, ended in answers])
-        rows: list[dict[str, Any]] = []
-        for place, prompt in enumerate(chosen):
-            row: dict[str, Any] = {"prompt": prompt}
-            better_first = sorted((2 * place, 2 * place + 1), key=lambda index: -sum(rewards[index]))
+        rows: dict[int, dict[str, Any]] = {}
+        for first, place in zip(range(0, len(answers), 2), own, strict=True):
+            row: dict[str, Any] = {"prompt": chosen[place]}
+            better_first = sorted((first, first + 1), key=lambda index: -sum(rewards[index]))
             for side, index in zip(SIDES, better_first, strict=True):
                 row[f"{side}_ids"], row[f"{side}_terminal"] = answers[index]
                 row[f"{side}_rewards"] = rewards[index]
             if row["chosen_ids"] and row["rejected_ids"]:
-                rows.append(row)
-        if not rows:
-            raise UserError(
-                f"round {number + 1}: none of {len(chosen)} prompts has two answers that say something; are they too "
-                "long?"
-            )
-        # Where a context was full before a word was said, others stand in.
-        rows = [rows[place % len(rows)] for place in range(self.prompts_a_round)]
-        found = with_reference(doctor, Rows.from_list(rows), self._collate_rows, self.args.per_device_eval_batch_size)
+                rows[place] = row
+        if rows:
+            read = Rows.from_list(list(rows.values()))
+            read = with_reference(doctor, read, self._collate_rows, self.args.per_device_eval_batch_size)
+            rows = dict(zip(rows, read.to_list(), strict=True))
         doctor.train(training)
         give_back()
-        self.log(
-            {
-                "round": float(number),
-                "round_reward": sum(map(sum, rewards)) / len(rewards),
-                "round_length": sum(map(len, rewards)) / len(rewards),
-            }
-        )
-        return found
+        return list(rows.items()), [(sum(own_rewards), len(own_rewards)) for own_rewards in rewards]
 
 
 def draw_answers(
