@@ -123,9 +123,7 @@ class TFPOConfig(TrainingArguments):
     )
     ddp_timeout: int = field(
         default=21600,
-        metadata={
-            "help": "Seconds that several processes wait for each other: the first reads and draws answers alone."
-        },
+        metadata={"help": "Seconds that several processes wait for each other: the first one reads alone."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "The collator reads the reward columns itself."}
