@@ -470,7 +470,7 @@ def test_each_process_of_a_training_has_its_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", local)
-    assert loading._resolve_device("auto") == expected
+    assert loading.resolve_device("auto") == expected
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0", "mps:1", ""])

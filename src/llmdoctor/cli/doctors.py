@@ -47,16 +47,39 @@ class DoctorArgument:
         return cls(named[2], beta, named[1]) if named else cls(path, beta)
 
 
-def check_dimensions(arguments: Sequence[DoctorArgument], allowed: Sequence[str]) -> None:
-    """Raise UserError for a doctor that was trained for none of the `allowed` dimensions (none given: all are)."""
-    from llmdoctor.models.doctor import DoctorConfig, local_folder
+def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], form: str) -> None:
+    """Find out what is wrong with doctors before anything is loaded.
 
+    Args:
+        arguments: the doctors.
+        allowed: dimensions that they may be trained for; any if none is given.
+        form: how they guide.
+
+    Raises:
+        UserError: no doctor there, one that is not whole or was trained for something else, two of one name, dimensions
+            without a doctor, or an unknown form.
+    """
+    from llmdoctor.decoding.guides import FORMS
+    from llmdoctor.models.doctor import DoctorConfig, check_whole, local_folder
+
+    if form not in FORMS:
+        raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if allowed and not arguments:
+        raise UserError("--dimension says what a doctor must be trained for; give --doctor PATH=BETA, too")
+    names: set[str] = set()
     for argument in arguments:
-        trained_for = DoctorConfig.load(local_folder(argument.path)).dimension
-        if allowed and trained_for not in allowed:
+        folder = local_folder(argument.path)
+        config = DoctorConfig.load(folder)
+        check_whole(folder, config)
+        if allowed and config.dimension not in allowed:
             raise UserError(
-                f"the doctor {argument.path} was trained for {trained_for!r}, not for {' or '.join(map(repr, allowed))}"
+                f"the doctor {argument.path} was trained for {config.dimension!r}, not for "
+                f"{' or '.join(map(repr, allowed))}"
             )
+        name = argument.name or config.dimension or Path(argument.path).name
+        if name in names:
+            raise UserError(f"two doctors are named {name!r}; name one of them: --doctor NAME:PATH=BETA")
+        names.add(name)
 
 
 def load_doctors(
@@ -85,8 +108,6 @@ def load_doctors(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        if guide.name in betas:
-            raise UserError(f"two doctors are named {guide.name!r}; name one of them: --doctor NAME:PATH=BETA")
         guides.append(guide)
         betas[guide.name] = argument.beta
     return guides, betas

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.options import Device, Dtype, FacesFile, TrustRemoteCode, load, next_command
+from llmdoctor.cli.options import Device, Dtype, FacesFile, TrustRemoteCode, check_output, load, next_command
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def inspect(
 
     store = RewardStore.open(folder)
     page = output or folder / "inspection.html"
+    check_output(page, folder=False)
     measured = None
     if agreement:
         faces = _paraphrases(store, faces_file)

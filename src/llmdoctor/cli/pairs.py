@@ -18,6 +18,7 @@ from llmdoctor.cli.options import (
     Paraphrase,
     Patient,
     TrustRemoteCode,
+    check_output,
     choose_faces,
     load,
     next_command,
@@ -83,15 +84,17 @@ def pairs(
     if not faces and (faces_file is not None or paraphrase != 1):
         raise UserError("--faces-file and --paraphrase say which faces are meant by --faces DIMENSION; give that, too")
     refuse_existing(output, overwrite)
+    check_output(output, folder=False)
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
     from llmdoctor.evaluation.scorers import get_scorer
 
     judge = choose_faces(faces, faces_file, paraphrase) if faces else get_scorer(scorer or "vader")
-    from llmdoctor.pairs.make import PairOptions, make_pairs
+    from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
     chosen = PairOptions(**options)
+    check_wanted(output, judge, chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Answered prompts are kept in {output}.parts; the same command goes on from there."
     with run.progress.step("answering", len(questions), "prompts") as step:

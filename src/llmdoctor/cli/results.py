@@ -6,10 +6,21 @@ import json
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from llmdoctor.cli.options import check_output
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import write_json, write_text
 
 SCHEMA_VERSION = 1
+_REMEDY = "Give another output, or --overwrite to replace it."
+
+
+def check_target(target: Path, overwrite: bool = False) -> None:
+    """UserError where no rows can be written to `target`: a folder, a closed place, or a file of something else's."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; the answers need a file, such as {target / 'answers.jsonl'}")
+    check_output(target, folder=False)
+    if target.exists() and not overwrite and not _recipe_of(target).is_file():
+        raise UserError(f"{target} is there already, made by something else. {_REMEDY}")
 
 
 class ResultFile:
@@ -25,12 +36,11 @@ class ResultFile:
     """
 
     def __init__(self, target: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder; the answers need a file, such as {target / 'answers.jsonl'}")
+        check_target(target, overwrite)
         self.target = target
         self.recipe = {"schema_version": SCHEMA_VERSION, **recipe}
         self.partial = target.with_name(f"{target.name}.partial")
-        self.recipe_path = target.with_name(f"{target.name}.recipe.json")
+        self.recipe_path = _recipe_of(target)
         self.rows: dict[int, dict[str, Any]] = {}
         if overwrite:
             self.partial.unlink(missing_ok=True)
@@ -92,16 +102,20 @@ class ResultFile:
         return good
 
     def _check_finished(self) -> None:
-        remedy = "Give another output, or --overwrite to replace it."
-        if not self.recipe_path.is_file():
-            raise UserError(f"{self.target} is there already, made by something else. {remedy}")
-        stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))
-        self._compare(self.target, stored["fingerprint"], remedy)
+        try:
+            stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.recipe_path} is broken ({error!r}). {_REMEDY}") from error
+        self._compare(self.target, stored, _REMEDY)
 
     def _compare(self, path: Path, stored: dict[str, str], remedy: str) -> None:
         current = self.recipe["fingerprint"]
         if stored != current:
             raise FingerprintMismatch(str(path), stored, current, remedy)
+
+
+def _recipe_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.recipe.json")
 
 
 def _line(value: Any) -> str:

@@ -80,7 +80,7 @@ def load_model(
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
     `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     torch_dtype = _resolve_dtype(dtype, target)
     source = _locate(spec, revision)
     with nullcontext() if verbose else builtin.quiet_transformers():
@@ -182,7 +182,8 @@ def _stored_weights_fingerprint(source: _Source) -> str:
     )
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here; any other as it is. UserError for one that is unknown or not there."""
     if device == "auto":
         if torch.cuda.is_available():
             # Each of torchrun's processes has a GPU of its own.

@@ -54,6 +54,10 @@ class PairOptions:
             raise UserError(f"samples must be at least 2 to have a best and a worst, got {self.samples}")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        # Checks the others.
+        SamplingParams(temperature=self.temperature, top_p=self.top_p)
         if self.min_gap < 0:
             raise UserError(f"min_gap must not be negative, got {self.min_gap}")
         if self.limit is not None and self.limit < 1:
@@ -90,8 +94,7 @@ def make_pairs(
     """
     options = options or PairOptions()
     target = Path(output)
-    if not target.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{target}: pairs are written as .jsonl or .jsonl.gz")
+    check_wanted(target, judge, options)
     if not prompts:
         raise UserError("there are no prompts to answer")
     recipe = _recipe(patient, prompts, judge, options)
@@ -119,6 +122,14 @@ def make_pairs(
         path.unlink()
     parts.rmdir()
     return recipe
+
+
+def check_wanted(target: Path, judge: Scorer | FacePair, options: PairOptions) -> None:
+    """UserError for a kind of file that pairs are not written to, or where all answers to a prompt would be alike."""
+    if not target.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{target}: pairs are written as .jsonl or .jsonl.gz")
+    if options.temperature == 0 and not isinstance(judge, FacePair):
+        raise UserError("temperature 0 gives every prompt the same answer each time, and no best and worst: raise it")
 
 
 def _recipe(

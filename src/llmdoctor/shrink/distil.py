@@ -82,13 +82,26 @@ def fingerprint_of(
     patient: LoadedModel, prompts: Sequence[Prompt], options: DistilOptions, **chosen: Any
 ) -> dict[str, str]:
     """What a run is made from; `chosen` is what follows from patient and options. UserError for too few prompts."""
-    if len(prompts) <= options.held_out:
-        raise UserError(f"{len(prompts)} prompts leave none to learn from with held_out {options.held_out}")
+    check_prompts(len(prompts), options)
     return {
         "patient": digest(patient.fingerprint),
         "prompts": digest([[prompt.id, list(prompt.messages)] for prompt in prompts]),
         "options": digest({**asdict(options), **chosen}),
     }
+
+
+def check_prompts(count: int, options: DistilOptions) -> None:
+    """UserError for too few prompts to learn from some and measure on others."""
+    if count <= options.held_out:
+        raise UserError(f"{count} prompts leave none to learn from with held_out {options.held_out}")
+
+
+def check_place(record_path: Path, kind: str) -> None:
+    """UserError where the folder of a record holds something else than `kind`, such as "a shrunk model"."""
+    output = record_path.parent
+    there = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    if there and not record_path.is_file():
+        raise UserError(f"{output} holds something else than {kind}; give {kind} a folder of its own")
 
 
 def parts_of(output: Path) -> Path:
@@ -109,12 +122,9 @@ def finished_record(record_path: Path, fingerprint: dict[str, str], kind: str) -
         FingerprintMismatch: it is of another run.
     """
     output = record_path.parent
-    if not output.exists():
-        return None
+    check_place(record_path, kind)
     if not record_path.is_file():
-        if output.is_dir() and not any(output.iterdir()):
-            return None
-        raise UserError(f"{output} holds something else than {kind}; give {kind} a folder of its own")
+        return None
     try:
         record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
         stored = record["fingerprint"]

@@ -17,7 +17,7 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import Lesson, Told, first_process, need_room, split_rows
+from llmdoctor.tfpo.lesson import Lesson, Told, first_process, held_out_pairs, need_room, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -74,15 +74,8 @@ def train_doctor(
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     need_one_gpu(base.model)
-    _check_heard(config, rounds)
+    check_training(rewards, config, options, rounds)
     output = Path(config.output_dir)
-    if rounds.rounds and not options.lora:
-        raise UserError(
-            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
-            "are trained on the pairs"
-        )
-    if output.resolve() == rewards.folder.resolve():
-        raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
     carried = rewards_for(base, rewards)
     need_room(base, carried, config.max_prompt_length)
     train_set, held_out = split_rows(carried, options.eval_fraction)
@@ -98,6 +91,19 @@ def train_doctor(
     else:
         lesson.teach(rounds, output, resume)
     return output
+
+
+def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions) -> None:
+    """What `train_doctor` can refuse without a model, with its errors: told before one is loaded."""
+    _check_heard(config, rounds)
+    if rounds.rounds and not options.lora:
+        raise UserError(
+            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
+            "are trained on the pairs"
+        )
+    if Path(config.output_dir).resolve() == rewards.folder.resolve():
+        raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
+    held_out_pairs(len(rewards), options.eval_fraction)
 
 
 def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool) -> None:
