@@ -260,6 +260,11 @@ def test_text_cannot_command_the_terminal() -> None:
         ("runs/doctor=-1e-1", DoctorArgument("runs/doctor", -0.1)),
         ("kind:runs/doctor=2", DoctorArgument("runs/doctor", 2.0, "kind")),
         ("kind:owner/name", DoctorArgument("owner/name", 1.0, "kind")),
+        ("a:runs/doctor=1.0", DoctorArgument("runs/doctor", 1.0, "a")),
+        ("a:/runs/doctor", DoctorArgument("/runs/doctor", 1.0, "a")),
+        ("b", DoctorArgument("b")),
+        ("b=0.5", DoctorArgument("b", 0.5)),
+        ("one,two=2", DoctorArgument("one,two", 2.0)),
         ("C:\\doctor=2", DoctorArgument("C:\\doctor", 2.0)),
         ("a=b=2", DoctorArgument("a=b", 2.0)),
     ],
@@ -268,9 +273,27 @@ def test_how_a_doctor_is_named(text: str, expected: DoctorArgument) -> None:
     assert DoctorArgument.parse(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--doctor : expected PATH=BETA"),
+        ("=1", "--doctor =1: expected PATH=BETA"),
+        ("b=", "--doctor b=: '' is no number; expected PATH=BETA"),
+        ("b=1,0", "'1,0' is no number"),
+        ("b=1.0,c=0.5", "these are several doctors; give each by itself, as --doctor PATH=BETA"),
+        ("glad & calm:b=1", "a name has letters, digits, '.', '_' and '-' and begins with a letter, got 'glad & calm'"),
+    ],
+)
+def test_what_is_no_doctor(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b").mkdir()
+    with pytest.raises(UserError, match=re.escape(message)):
+        DoctorArgument.parse(text)
+
+
 def test_a_path_that_exists_is_taken_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("eta=0.5", "kind:doctor"):
+    for name in ("eta=0.5", "kind:doctor", "b", "a=1,b=2"):
         Path(name).mkdir()
         assert DoctorArgument.parse(name) == DoctorArgument(name)
     assert DoctorArgument.parse("kind:doctor=2") == DoctorArgument("kind:doctor", 2.0)
