@@ -303,9 +303,37 @@ def test_a_scorer_that_breaks(patient: LoadedModel, tmp_path: Path) -> None:
     assert not (tmp_path / "p.jsonl").exists()
 
 
+def test_a_scorer_that_breaks_later_leaves_what_was_done(patient: LoadedModel, tmp_path: Path) -> None:
+    """Two prompts a block: with the fifth prompt the third block breaks, and two blocks are not scored again."""
+    credit = 4
+
+    def paid(texts: Sequence[str]) -> list[float]:
+        nonlocal credit
+        if not credit:
+            raise RuntimeError("out of credit")
+        credit -= 1
+        return [float(len(text)) for text in texts]
+
+    judge = Scorer("paid", paid, "longer")
+    with pytest.raises(UserError, match=r"scorer 'paid' failed on \d texts \(RuntimeError: out of credit\)"):
+        make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=judge, options=OPTIONS)
+    credit = len(PROMPTS) - 4
+    assert make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=judge, options=OPTIONS)["prompts"] == len(PROMPTS)
+
+
+def test_one_answer_again_and_again_makes_no_pairs(patient: LoadedModel, tmp_path: Path) -> None:
+    greedy = PairOptions(temperature=0)
+    with pytest.raises(UserError, match="temperature 0 gives every prompt the same answer each time"):
+        make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=SCORER, options=greedy)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or at least 1e-05, got -1.0"),
+        ({"top_p": 2.0}, r"top_p must be in \(0, 1\], got 2.0"),
         ({"samples": 1}, "samples must be at least 2 to have a best and a worst, got 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"min_gap": -0.1}, "min_gap must not be negative, got -0.1"),

@@ -88,9 +88,12 @@ def pairs(
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
-    from llmdoctor.evaluation.scorers import get_scorer
+    from llmdoctor.evaluation.scorers import Scorer, get_scorer
 
     judge = choose_faces(faces, faces_file, paraphrase) if faces else get_scorer(scorer or "vader")
+    if isinstance(judge, Scorer):
+        # One that cannot score is told now, not when the first answers are there.
+        judge(["Hello."])
     from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
     chosen = PairOptions(**options)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback
 
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
@@ -24,6 +24,8 @@ from llmdoctor.tfpo.rounds import RoundOptions
 _OF_PAIRS = {"eta": "round_eta", "branch_coef": "round_branch_coef", "leaf_coef": "round_leaf_coef",
              "leaf_beta": "a round_leaf_coef with it", "value_coef": "", "value_margin": ""}  # fmt: skip
 """Settings of `TFPOConfig` that rounds do not go by, and what they go by instead."""
+
+_BY_HELD_OUT_LOSS = ("reduce_lr_on_plateau", "greedy")
 
 
 def train_doctor(
@@ -103,7 +105,14 @@ def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOpti
         )
     if Path(config.output_dir).resolve() == rewards.folder.resolve():
         raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
-    held_out_pairs(len(rewards), options.eval_fraction)
+    held_out = held_out_pairs(len(rewards), options.eval_fraction)
+    schedule = SchedulerType(config.lr_scheduler_type).value
+    if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or not held_out):
+        why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
+        raise UserError(
+            f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
+            f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
+        )
 
 
 def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool) -> None:
