@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.cli.harness import CPU, Cli
+from tests.cli.harness import CPU, PAIRS, Cli, write_jsonl
 
 from llmdoctor.data.preferences import load_preferences
 from llmdoctor.models.doctor import DoctorConfig
@@ -85,6 +85,29 @@ def test_pairs_by_faces(good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     good("pairs", "--prompts", prompts, "--faces", "concise", "--patient", tiny_folder, "-o", output,
          "--max-new-tokens", 4, *CPU)  # fmt: skip
     assert json.loads(Path(f"{output}.recipe.json").read_text())["faces"]["name"] == "concise"
+
+
+def test_a_model_named_from_one_folder_is_found_from_another(
+    good: Cli, cli: Cli, tiny_folder: Path, deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor's base is not the patient it guides, so it has to be found by its name."""
+    here = tmp_path / "here"
+    shutil.copytree(tiny_folder, here / "model")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    monkeypatch.chdir(here)
+    good("rewards", "--pairs", pairs, "--faces", "polite", "--patient", "./model", "-o", "rewards", *CPU)
+    monkeypatch.chdir(tmp_path)
+    train = ("train", "--rewards", "here/rewards", "-o", "doctor", "--rounds", 0, "--num-train-epochs", 1, *CPU)
+    trained = good(*train)
+    assert f"--patient {here / 'model'} " in trained.out
+    assert DoctorConfig.load(Path("doctor")).base == str(here / "model")
+    adapter = json.loads(Path("doctor/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(here / "model")
+    monkeypatch.chdir(here)
+    good("generate", "Hi", "--patient", deep_folder, "--doctor", "../doctor", "--max-new-tokens", 1, *CPU)
+    shutil.rmtree(here / "model")
+    gone = cli(*train[:2], "rewards", "-o", "../new", *train[5:])
+    assert f"the patient that made the rewards in rewards, as it was called: There is no folder {here}" in gone.err
 
 
 def test_inspect_without_the_patient(good: Cli, finished: Path, tmp_path: Path) -> None:

@@ -451,7 +451,7 @@ def test_a_folder_may_have_an_at_sign(folder: Path, monkeypatch: pytest.MonkeyPa
     (folder.parent / "runs").mkdir()
     folder.rename(folder.parent / "runs" / "model@v1")
     monkeypatch.chdir(folder.parent)
-    assert load("runs/model@v1").spec == "runs/model@v1"
+    assert load("runs/model@v1").spec == str(folder.parent / "runs" / "model@v1")
     assert split_revision("runs/model@v1") == ("runs/model@v1", None)
 
 

@@ -14,6 +14,7 @@ from llmdoctor.cli.options import Device, Dtype, TrustRemoteCode, check_output, 
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
+    from llmdoctor.models.loading import LoadedModel
     from llmdoctor.rewards.store import RewardStore
     from llmdoctor.tfpo.config import TFPOConfig
 
@@ -117,8 +118,9 @@ def train(
         **training,
     )
     check_training(store, config, options, rounds)
-    model = load(run, base or store.manifest["patient"], dtype, device, trust_remote_code)
-    patient = load(run, store.manifest["patient"], dtype, device, trust_remote_code) if rounds.rounds else None
+    how = (dtype, device, trust_remote_code)
+    model = _patient(run, store, *how) if base is None else load(run, base, *how)
+    patient = _patient(run, store, *how) if rounds.rounds else None
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
     with quiet_training(run.verbose):
         train_doctor(
@@ -135,6 +137,14 @@ def train(
         )
     run.progress.close()
     _summarise(run, store, output)
+
+
+def _patient(run: Run, store: RewardStore, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel:
+    """The patient that made the rewards; an error says whose it is."""
+    try:
+        return load(run, store.manifest["patient"], dtype, device, trust_remote_code)
+    except UserError as error:
+        raise UserError(f"the patient that made the rewards in {store.folder}, as it was called: {error}") from error
 
 
 def _config(**settings: Any) -> TFPOConfig:

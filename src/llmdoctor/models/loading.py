@@ -75,7 +75,8 @@ def load_model(
     """Load a causal language model and freeze it; should it be trained nevertheless, it has no dropout.
 
     `spec` is `builtin:NAME`, a folder, a `.gguf` file or a hub id, of which `@` or `revision` may name a branch, tag or
-    commit: `owner/name@v1` is also what the model goes by then, so that whatever was made with it finds it again.
+    commit: `owner/name@v1` is also what the model goes by then, so that whatever was made with it finds it again. For
+    the same reason a folder or file here goes by its whole path.
     Weights are read from safetensors or GGUF only. `dtype` is `auto`, `bfloat16`, `float16` or `float32`; `auto` means
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
     `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
@@ -99,7 +100,7 @@ def load_model(
         "template": template_fingerprint(tokenizer),
         "dtype": str(torch_dtype).removeprefix("torch."),
     }
-    pinned = spec if revision is None else f"{spec}@{revision}"
+    pinned = _from_anywhere(spec) if revision is None else f"{spec}@{revision}"
     return LoadedModel(model=model, tokenizer=tokenizer, spec=pinned, fingerprint=fingerprint)
 
 
@@ -274,6 +275,12 @@ def _locate(spec: str, revision: str | None) -> _Source:
     )  # fmt: skip
     _check_folder(spec, snapshot)
     return _Source(snapshot, revision=snapshot.name)
+
+
+def _from_anywhere(spec: str) -> str:
+    """`spec` as it names the same model whatever the current folder."""
+    path = Path(spec).expanduser()
+    return spec if spec.startswith(BUILTIN_PREFIX) or not path.exists() else os.path.abspath(path)
 
 
 def _builtin_folder(name: str) -> Path:
