@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdoctor.errors import FingerprintMismatch
+from llmdoctor.errors import FingerprintMismatch, Settings
 
 
 @contextmanager
@@ -99,13 +99,26 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim(folder: Path, fingerprint: dict[str, str], fix: str) -> None:
-    """Write down what the unfinished work in `folder` is; FingerprintMismatch, with `fix`, if it is another one's."""
+def claim(folder: Path, fingerprint: dict[str, str], fix: str, settings: Settings) -> None:
+    """Write down what the unfinished work in `folder` is.
+
+    Args:
+        folder: of the work.
+        fingerprint: what it is made from.
+        fix: what to do where the folder is another one's.
+        settings: what stands behind fingerprints, by their names.
+
+    Raises:
+        FingerprintMismatch: what is there is another one's.
+    """
     marker = folder / "fingerprint.json"
     if not marker.is_file():
-        write_json(marker, fingerprint)
-    elif (stored := json.loads(marker.read_text(encoding="utf-8"))) != fingerprint:
-        raise FingerprintMismatch(str(folder), stored, fingerprint, fix)
+        write_json(marker, {**fingerprint, "settings": settings})
+        return
+    stored = json.loads(marker.read_text(encoding="utf-8"))
+    was = stored.pop("settings", {})
+    if stored != fingerprint:
+        raise FingerprintMismatch(str(folder), stored, fingerprint, fix, was, settings)
 
 
 def sha256_file(path: Path) -> str:

@@ -108,7 +108,10 @@ def test_a_doctor_whose_strength_never_grows_says_nothing(
     assert [row["text"] for row in mute] == [row["text"] for row in patient] != [row["text"] for row in guided]
     assert [row["kl_estimate"] for row in mute] == pytest.approx([0.0] * len(mute), abs=1e-3)
     assert {row["onset"] for row in mute} == {10**6}
-    assert "was made from other inputs (mixture: stored" in cli(*command, "-o", tmp_path / "mute.jsonl").err
+    assert (
+        "was made from other inputs (onset: stored 1000000, now (absent))"
+        in cli(*command, "-o", tmp_path / "mute.jsonl").err
+    )
 
 
 def test_interrupted_and_continued_is_the_same_file(
@@ -150,11 +153,32 @@ def test_other_settings_are_refused(
     assert "is finished already" in good(*command, "-o", output).out
     ended = cli(*command, "-o", output, "--temperature", 0)
     assert ended.status == 2
-    assert "was made from other inputs (sampling: stored" in ended.err
+    assert "was made from other inputs (temperature: stored 1.0, now 0.0)" in ended.err
     assert "--overwrite to replace it" in ended.err
     assert output.read_text() == before
+    ended = cli(*command[:-4], "--dtype", "bfloat16", "--device", "cpu", "-o", output, "--alpha", 2)
+    assert "(alpha: stored 1.0, now 2.0; dtype: stored float32, now bfloat16)" in ended.err
     good(*command, "-o", output, "--temperature", 0, "--overwrite")
     assert output.read_text() != before
+
+
+def test_of_an_unfinished_run_the_setting_that_differs_is_named(tmp_path: Path) -> None:
+    """With the rows of an older version, which have no settings, the fingerprint that differs."""
+    target, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    was, now = (
+        {"fingerprint": {"sampling": digest}, "settings": {"sampling": {"seed": seed, "top_k": 0}}}
+        for digest, seed in (("one", 0), ("two", 1))
+    )
+    with ResultFile(target, was) as unfinished:
+        unfinished.add(0, {"text": "a"})
+    with pytest.raises(FingerprintMismatch, match=r"\(seed: stored 0, now 1\)\. Delete that file"):
+        ResultFile(target, now).__enter__()
+    first, *rest = partial.read_text().splitlines(keepends=True)
+    partial.write_text(json.dumps(json.loads(first)["fingerprint"]) + "\n" + "".join(rest))
+    with pytest.raises(FingerprintMismatch, match=r"\(sampling: stored one, now two\)\. Delete that file"):
+        ResultFile(target, now).__enter__()
+    with ResultFile(target, was) as again:
+        assert again.rows == {0: {"text": "a"}}
 
 
 def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:

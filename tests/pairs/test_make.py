@@ -236,24 +236,24 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("key", "change"),
+    ("told", "change"),
     [
-        ("options", {"options": replace(OPTIONS, seed=1)}),
-        ("prompts", {"prompts": PROMPTS[:6]}),
-        ("judge", {"judge": FACES}),
-        ("patient", {}),
+        ("seed: stored 0, now 1", {"options": replace(OPTIONS, seed=1)}),
+        (r"prompts: stored \w{16}, now \w{16}", {"prompts": PROMPTS[:6]}),
+        (r"faces: stored \(absent\), now kind; scorer: stored e, now \(absent\)", {"judge": FACES}),
+        (r"model: stored \w{16}, now another", {}),
     ],
 )
 def test_an_unfinished_run_of_other_settings_is_refused(
-    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, change: dict[str, Any]
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, change: dict[str, Any]
 ) -> None:
     target = tmp_path / "cut.jsonl"
     interrupted(patient, target, monkeypatch)
     parts = {path.name: path.read_bytes() for path in (tmp_path / "cut.jsonl.parts").iterdir()}
-    if key == "patient":
+    if not change:
         patient = replace(patient, fingerprint={**patient.fingerprint, "model": "another"})
     given = {"prompts": PROMPTS, "judge": SCORER, "options": OPTIONS, **change}
-    with pytest.raises(FingerprintMismatch, match=rf"\({key}: stored \w{{16}}, now \w{{16}}\)\. Delete that folder"):
+    with pytest.raises(FingerprintMismatch, match=rf"\({told}\)\. Delete that folder"):
         make_pairs(patient, given.pop("prompts"), target, **given)
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / "cut.jsonl.parts").iterdir()}
 

@@ -273,11 +273,13 @@ def _recipe(
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "patient": patient,
-        "doctors": [argument.path for argument in doctors],
-        "mixture": mixture,
-        "sampling": sampling,
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
+        "settings": {
+            "patient": {"patient": patient, **fingerprint},
+            "doctors": {"doctors": [argument.path for argument in doctors]},
+            "mixture": mixture,
+            "sampling": sampling,
+        },
         "fingerprint": {
             "patient": digest(fingerprint),
             "doctors": digest([_weights(argument) for argument in doctors]),

@@ -28,7 +28,8 @@ class ResultFile:
 
     Args:
         target: the finished file; `NAME.recipe.json` beside it says how it was made.
-        recipe: how the rows are made; its `fingerprint` decides whether rows of an earlier run belong to this one.
+        recipe: how the rows are made; its `fingerprint` decides whether rows of an earlier run belong to this one, and
+            its `settings` say what stands behind some of that.
 
     Raises:
         FingerprintMismatch: the finished file, or the rows of an unfinished run, were made in another way.
@@ -56,7 +57,7 @@ class ResultFile:
         # A kill may have cut the last line.
         self._handle.truncate(good)
         if good == 0:
-            self._append(self.recipe["fingerprint"])
+            self._append({name: self.recipe[name] for name in ("fingerprint", "settings") if name in self.recipe})
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,21 +98,25 @@ class ResultFile:
             entries = [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
             raise UserError(f"{self.partial} is damaged ({error}); delete it to start anew") from error
-        self._compare(self.partial, entries[0], "Delete that file to start anew, or give another output.")
+        # Former versions wrote the fingerprint alone.
+        made_of = entries[0] if "fingerprint" in entries[0] else {"fingerprint": entries[0]}
+        self._compare(self.partial, made_of, "Delete that file to start anew, or give another output.")
         self.rows = {entry["number"]: entry["row"] for entry in entries[1:]}
         return good
 
     def _check_finished(self) -> None:
         try:
-            stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))["fingerprint"]
+            stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))
+            dict(stored["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.recipe_path} is broken ({error!r}). {_REMEDY}") from error
         self._compare(self.target, stored, _REMEDY)
 
-    def _compare(self, path: Path, stored: dict[str, str], remedy: str) -> None:
-        current = self.recipe["fingerprint"]
-        if stored != current:
-            raise FingerprintMismatch(str(path), stored, current, remedy)
+    def _compare(self, path: Path, stored: dict[str, Any], remedy: str) -> None:
+        was, now = stored["fingerprint"], self.recipe["fingerprint"]
+        if was != now:
+            settings = stored.get("settings"), self.recipe.get("settings")
+            raise FingerprintMismatch(str(path), was, now, remedy, *settings)
 
 
 def _recipe_of(target: Path) -> Path:

@@ -99,7 +99,12 @@ def make_pairs(
         raise UserError("there are no prompts to answer")
     recipe = _recipe(patient, prompts, judge, options)
     parts = target.with_name(f"{target.name}.parts")
-    claim(parts, recipe["fingerprint"], "Delete that folder, or give another output file.")
+    settings = {
+        "patient": {"patient": patient.spec, **patient.fingerprint},
+        "judge": {"faces": judge.name} if isinstance(judge, FacePair) else {"scorer": judge.name},
+        "options": recipe["options"],
+    }
+    claim(parts, recipe["fingerprint"], "Delete that folder, or give another output file.", settings)
     decoder = GuidedDecoder(patient, max_batch_size=options.batch_size)
     pairs: list[PreferencePair] = []
     answered = 0

@@ -23,7 +23,7 @@ import torch
 
 from llmdoctor.data.chat import ChatEncoder, Completion
 from llmdoctor.data.preferences import PreferencePair
-from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.errors import FingerprintMismatch, Settings, UserError
 from llmdoctor.files import atomic_path, digest, write_json
 from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
@@ -40,9 +40,11 @@ from llmdoctor.rewards.store import (
     SIDES,
     RewardStore,
     read_manifest,
+    readable,
 )
 
 LOGPS_FOLDER = "logps"
+_ANEW = "Delete that file and give the same command again: its pairs are scored anew."
 
 Progress = Callable[[int], None]
 """Called with the number of pairs that were just finished."""
@@ -184,13 +186,15 @@ def _prepare_manifest(
     if stored is not None:
         before = {key: value for key, value in stored["fingerprint"].items() if key != "data"}
         if before != fingerprint:
-            raise FingerprintMismatch(str(folder), before, fingerprint, _FIX)
+            was = _settings(stored["faces"], stored["scoring_options"])
+            now = _settings(asdict(faces), asdict(scoring))
+            raise FingerprintMismatch(str(folder), before, fingerprint, _FIX, was, now)
         if stored["reward_options"] != asdict(rewards) and not rescore:
             raise FingerprintMismatch(
                 str(folder),
                 {key: str(value) for key, value in stored["reward_options"].items()},
                 {key: str(value) for key, value in asdict(rewards).items()},
-                "Ask for `rescore` to recompute the rewards from the stored log-likelihoods (seconds), "
+                "Ask for `rescore` (--rescore) to recompute the rewards from the stored log-likelihoods (seconds), "
                 "or give another output folder.",
             )
         if stored["reward_options"] == asdict(rewards):
@@ -211,8 +215,24 @@ def _prepare_manifest(
     return manifest
 
 
+def _settings(faces: dict[str, Any], scoring: dict[str, Any]) -> Settings:
+    """What stands behind the fingerprints of faces and scoring; not their whole texts."""
+    decisive = {name: value for name, value in scoring.items() if name != "batch_tokens"}
+    return {"faces": {"faces": faces["name"]}, "scoring": decisive}
+
+
 def _any_scored(folder: Path) -> bool:
-    return any(pq.read_metadata(path).num_rows for path in (folder / LOGPS_FOLDER).glob("*.parquet"))
+    return any(_rows_in(path) for path in (folder / LOGPS_FOLDER).glob("*.parquet"))
+
+
+def _rows_in(path: Path) -> int:
+    with readable(path, _ANEW):
+        return int(pq.read_metadata(path).num_rows)
+
+
+def _read_shard(path: Path) -> pa.Table:
+    with readable(path, _ANEW):
+        return pq.read_table(path, schema=LOGPS_SCHEMA)
 
 
 @dataclass
@@ -249,10 +269,13 @@ class _ShardWriter:
         path = self.folder / f"{index:05d}.parquet"
         made_of = digest([_identity(pair) for _, pair in block])
         if path.is_file():
-            metadata = pq.read_schema(path).metadata or {}
+            with readable(path, _ANEW):
+                metadata = pq.read_schema(path).metadata or {}
             stored = metadata.get(b"made_of", b"").decode()
             if stored != made_of:
-                raise FingerprintMismatch(str(path), {"pairs": stored}, {"pairs": made_of}, _FIX)
+                others = f"Pairs {block[0][0] + 1} to {block[-1][0] + 1} are others (data, order, dimension or limit)"
+                fix = f"{others}. {_FIX}"
+                raise FingerprintMismatch(str(self.folder.parent), {"pairs": stored}, {"pairs": made_of}, fix)
             self.skipped += int(metadata.get(b"skipped", b"0"))
             progress(len(block))
             return made_of
@@ -335,7 +358,7 @@ class _ShardWriter:
 def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[str, Any]:
     """Importance and rewards of all shards into rewards.parquet, whole; returns counts for the manifest."""
     paths = [folder / LOGPS_FOLDER / f"{index:05d}.parquet" for index in range(shards)]
-    if not any(pq.read_metadata(path).num_rows for path in paths):
+    if not any(map(_rows_in, paths)):
         raise UserError("every pair was skipped, so there are no rewards; allow longer prompts")
     theta: float = options.theta
     if options.density is not None and options.density_over == "dataset":
@@ -343,7 +366,7 @@ def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[s
     pairs = tokens = kept = 0
     with atomic_path(folder / REWARDS_NAME) as temporary, pq.ParquetWriter(temporary, REWARDS_SCHEMA) as writer:
         for path in paths:
-            table = pq.read_table(path, schema=LOGPS_SCHEMA).replace_schema_metadata(None)
+            table = _read_shard(path).replace_schema_metadata(None)
             for sign, side in zip((1.0, -1.0), SIDES, strict=True):
                 importance, rewards = _score_side(table, side, sign, options, theta)
                 tokens += sum(len(row) for row in rewards)
@@ -377,7 +400,7 @@ def _dataset_threshold(paths: Sequence[Path], options: RewardOptions) -> float:
     """The θ that keeps the top `density` share of all tokens of the data set (4 bytes a token in memory)."""
     values: list[np.ndarray] = []
     for path in paths:
-        table = pq.read_table(path, schema=LOGPS_SCHEMA)
+        table = _read_shard(path)
         for sign, side in zip((1.0, -1.0), SIDES, strict=True):
             values.extend(_score_side(table, side, sign, RewardOptions(options.tau, theta=0.0), 0.0)[0])
     everything = torch.from_numpy(np.concatenate(values))[None]

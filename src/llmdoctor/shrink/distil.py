@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmdoctor.data.prompts import Prompt
-from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
+from llmdoctor.errors import FingerprintMismatch, Settings, TrainingDiverged, UserError
 from llmdoctor.files import digest
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
@@ -109,12 +109,20 @@ def parts_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
 
 
-def finished_record(record_path: Path, fingerprint: dict[str, str], kind: str) -> dict[str, Any] | None:
+def settings_of(patient: LoadedModel, options: DistilOptions) -> Settings:
+    """What stands behind the fingerprints of `fingerprint_of`, as far as it is settings."""
+    return {"patient": {"patient": patient.spec, **patient.fingerprint}, "options": asdict(options)}
+
+
+def finished_record(
+    record_path: Path, fingerprint: dict[str, str], settings: Settings, kind: str
+) -> dict[str, Any] | None:
     """The record of a finished run of the same settings, or None where nothing is.
 
     Args:
         record_path: the file of it in the output folder.
         fingerprint: what the run is made from.
+        settings: those of `settings_of`.
         kind: what the folder should hold, such as "a shrunk model".
 
     Raises:
@@ -127,12 +135,13 @@ def finished_record(record_path: Path, fingerprint: dict[str, str], kind: str) -
         return None
     try:
         record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
-        stored = record["fingerprint"]
+        stored, was = record["fingerprint"], {"options": record["options"]}
+        was["patient"] = {"patient": record["patient"], **record["patient_fingerprint"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record_path} is broken ({error!r}); delete {output}, or give another folder") from error
     if stored != fingerprint:
         raise FingerprintMismatch(
-            str(output), stored, fingerprint, "Delete that folder, or give another output folder."
+            str(output), stored, fingerprint, "Delete that folder, or give another output folder.", was, settings
         )
     # A run that was killed at its very end.
     shutil.rmtree(parts_of(output), ignore_errors=True)

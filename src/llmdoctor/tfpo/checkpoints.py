@@ -63,13 +63,10 @@ def check_same_training(
     was, now = ({name: side.get(name) for name in ("base", "rewards", "settings")} for side in (stored, current))
     if was == now:
         return
-    if "training" in stored and was["settings"] != now["settings"]:
-        # Fingerprints of settings tell nobody which one to change.
-        for side, names in ((was, stored), (now, current)):
-            del side["settings"]
-            side.update(names["training"])
-    sides = [{name: str(value) for name, value in side.items()} for side in (was, now)]
-    raise FingerprintMismatch(str(what), sides[0], sides[1], remedy)
+    before, after = ({name: str(value) for name, value in side.items()} for side in (was, now))
+    # Those of an older version have no settings beside them.
+    told = [{"settings": side["training"]} if "training" in side else {} for side in (stored, current)]
+    raise FingerprintMismatch(str(what), before, after, remedy, told[0], told[1])
 
 
 def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, resume: bool) -> Path | None:
