@@ -46,7 +46,7 @@ def test_from_prompts_to_guided_answers(
     seen = good("inspect", rewards, "-o", page, "--agreement-pairs", 2, "--examples", 1, *CPU)
     assert "chosen" in seen.out
     assert "Rank agreement" in seen.out
-    assert "comparing faces: 6 pairs in" in seen.err, "two pairs under three paraphrases"
+    assert "comparing faces: 6 readings of a pair in" in seen.err, "two pairs under three paraphrases"
     assert "polite#3" in page.read_text()
 
     trained = good("train", "--rewards", rewards, "-o", doctor, "--eval-fraction", 0.34, "--rounds", 0,
@@ -85,6 +85,20 @@ def test_pairs_by_faces(good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     good("pairs", "--prompts", prompts, "--faces", "concise", "--patient", tiny_folder, "-o", output,
          "--max-new-tokens", 4, *CPU)  # fmt: skip
     assert json.loads(Path(f"{output}.recipe.json").read_text())["faces"]["name"] == "concise"
+
+
+def test_of_how_many_prompts_is_not_said_where_the_pairs_are_limited(
+    good: Cli, tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Question {number}?\n" for number in range(6)))
+    command = ("pairs", "--prompts", prompts, "--scorer", "brevity", "--patient", tiny_folder, "--samples", 2,
+               "--max-new-tokens", 9, "--batch-size", 2, "--seed", 1, *CPU)  # fmt: skip
+    assert "answering: 0 of 6 prompts" in good(*command, "-o", tmp_path / "all.jsonl").err
+    made = good(*command, "-o", tmp_path / "one.jsonl", "--limit", 1)
+    assert "answering\n" in made.err
+    assert "of 6 prompts" not in made.err
+    assert "1 pairs of " in made.out
 
 
 def test_a_model_named_from_one_folder_is_found_from_another(

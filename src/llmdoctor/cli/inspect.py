@@ -97,7 +97,7 @@ def _measure(run: Run, store: RewardStore, model: Any, faces: list[FacePair], pa
     from llmdoctor.evaluation.agreement import face_agreement
 
     rows = list(store.rows(limit=pairs))
-    with run.progress.step("comparing faces", len(rows) * len(faces), "pairs") as step:
+    with run.progress.step("comparing faces", len(rows) * len(faces), "readings of a pair") as step:
         return face_agreement(
             model, store, rows, faces, tau=store.manifest["reward_options"]["tau"], progress=step.advance
         )

@@ -100,7 +100,9 @@ def pairs(
     check_wanted(output, judge, chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Answered prompts are kept in {output}.parts; the same command goes on from there."
-    with run.progress.step("answering", len(questions), "prompts") as step:
+    # Nobody knows how many prompts it takes to make so many pairs.
+    total = len(questions) if chosen.limit is None else None
+    with run.progress.step("answering", total, "prompts") as step:
         recipe = make_pairs(model, questions, output, judge=judge, options=chosen, progress=step.advance)
     run.say(
         f"{recipe['pairs']} pairs of {recipe['prompts']} prompts are in {output}, how they were made in "
