@@ -14,6 +14,8 @@ from typing import Any
 
 from llmdoctor.errors import FingerprintMismatch, Settings
 
+_MARKER = "fingerprint.json"
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -111,14 +113,21 @@ def claim(folder: Path, fingerprint: dict[str, str], fix: str, settings: Setting
     Raises:
         FingerprintMismatch: what is there is another one's.
     """
-    marker = folder / "fingerprint.json"
+    check_claim(folder, fingerprint, fix, settings)
+    marker = folder / _MARKER
     if not marker.is_file():
         write_json(marker, {**fingerprint, "settings": settings})
+
+
+def check_claim(folder: Path, fingerprint: dict[str, str], fix: str, settings: Settings) -> None:
+    """FingerprintMismatch as `claim`, by those fingerprints that are known; writes nothing."""
+    marker = folder / _MARKER
+    if not marker.is_file():
         return
     stored = json.loads(marker.read_text(encoding="utf-8"))
-    was = stored.pop("settings", {})
-    if stored != fingerprint:
-        raise FingerprintMismatch(str(folder), stored, fingerprint, fix, was, settings)
+    before = {name: value for name, value in stored.items() if name in fingerprint}
+    if before != fingerprint:
+        raise FingerprintMismatch(str(folder), before, fingerprint, fix, stored.get("settings"), settings)
 
 
 def sha256_file(path: Path) -> str:

@@ -154,10 +154,11 @@ def test_other_settings_are_refused(
     ended = cli(*command, "-o", output, "--temperature", 0)
     assert ended.status == 2
     assert "was made from other inputs (temperature: stored 1.0, now 0.0)" in ended.err
+    assert "loading" not in ended.err, "what is no matter of the patient is told before it is loaded"
     assert "--overwrite to replace it" in ended.err
     assert output.read_text() == before
-    ended = cli(*command[:-4], "--dtype", "bfloat16", "--device", "cpu", "-o", output, "--alpha", 2)
-    assert "(alpha: stored 1.0, now 2.0; dtype: stored float32, now bfloat16)" in ended.err
+    ended = cli(*command[:-4], "--dtype", "bfloat16", "--device", "cpu", "-o", output)
+    assert "was made from other inputs (dtype: stored float32, now bfloat16)" in ended.err
     good(*command, "-o", output, "--temperature", 0, "--overwrite")
     assert output.read_text() != before
 
@@ -179,6 +180,9 @@ def test_of_an_unfinished_run_the_setting_that_differs_is_named(tmp_path: Path) 
         ResultFile(target, now).__enter__()
     with ResultFile(target, was) as again:
         assert again.rows == {0: {"text": "a"}}
+    ResultFile(target, {"fingerprint": {}}).check()
+    with pytest.raises(FingerprintMismatch, match=r"\(sampling: stored one, now two\)\. Delete that file"):
+        ResultFile(target, now).check()
 
 
 def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:

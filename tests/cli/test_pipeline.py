@@ -139,6 +139,10 @@ def test_rewards_are_rescored_without_scoring_again(
     refused = cli(*command)
     assert refused.status == 2
     assert "density: stored None, now 0.25" in refused.err
+    assert "loading" not in refused.err
+    refused = cli(*command, "--max-completion-length", 5)
+    assert "(max_completion_length: stored 512, now 5)" in refused.err
+    assert "loading" not in refused.err
     ended = good(*command, "--rescore")
     assert "tokens/s" not in ended.out, "the speed of an earlier run"
     assert RewardStore.open(folder).manifest["reward_options"]["density"] == 0.25

@@ -19,7 +19,7 @@ from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.evaluation.scorers import Scorer
 from llmdoctor.models.loading import LoadedModel, load_model
-from llmdoctor.pairs.make import PairOptions, make_pairs
+from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
 PROMPTS = [Prompt(f"p{number}", ({"role": "user", "content": f"{number} the cat"},)) for number in range(7)]
 OPTIONS = PairOptions(samples=4, max_new_tokens=10, batch_size=8)
@@ -253,6 +253,9 @@ def test_an_unfinished_run_of_other_settings_is_refused(
     if not change:
         patient = replace(patient, fingerprint={**patient.fingerprint, "model": "another"})
     given = {"prompts": PROMPTS, "judge": SCORER, "options": OPTIONS, **change}
+    if change:
+        with pytest.raises(FingerprintMismatch, match=rf"\({told}\)\. Delete that folder"):
+            check_wanted(target, **given)
     with pytest.raises(FingerprintMismatch, match=rf"\({told}\)\. Delete that folder"):
         make_pairs(patient, given.pop("prompts"), target, **given)
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / "cut.jsonl.parts").iterdir()}

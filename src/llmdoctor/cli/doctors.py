@@ -66,13 +66,16 @@ class DoctorArgument:
         return cls(path, beta)
 
 
-def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], form: str) -> None:
+def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], form: str) -> dict[str, float]:
     """Find out what is wrong with doctors before anything is loaded.
 
     Args:
         arguments: the doctors.
         allowed: dimensions that they may be trained for; any if none is given.
         form: how they guide.
+
+    Returns:
+        Each one's β by its name.
 
     Raises:
         UserError: no doctor there, one that is not whole or was trained for something else, two of one name, dimensions
@@ -85,7 +88,7 @@ def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], f
         raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if allowed and not arguments:
         raise UserError("--dimension says what a doctor must be trained for; give --doctor PATH=BETA, too")
-    names: set[str] = set()
+    betas: dict[str, float] = {}
     for argument in arguments:
         folder = local_folder(argument.path)
         config = DoctorConfig.load(folder)
@@ -96,9 +99,10 @@ def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], f
                 f"{' or '.join(map(repr, allowed))}"
             )
         name = argument.name or config.dimension or Path(argument.path).name
-        if name in names:
+        if name in betas:
             raise UserError(f"two doctors are named {name!r}; name one of them: --doctor NAME:PATH=BETA")
-        names.add(name)
+        betas[name] = argument.beta
+    return betas
 
 
 def load_doctors(

@@ -137,9 +137,14 @@ def generate(
         check_target(output, overwrite)
     arguments = [DoctorArgument.parse(text) for text in doctor]
     questions = _questions(prompts, limit) if prompts else []
-    check_doctors(arguments, dimension, form)
+    betas = check_doctors(arguments, dimension, form)
     readout = _readout_of(best_of, readout, arguments, params)
     check_drafter(draft)
+    mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system, **({"onset": onset} if onset else {})}
+    how = (questions, arguments, sampling | {"stop": stop})
+    if output is not None and readout is None and not overwrite:
+        # All but the patient is known before that one is loaded.
+        ResultFile(output, _recipe(None, mixture, *how)).check()
     model = load(run, patient, dtype, device, trust_remote_code)
     guides, betas = load_doctors(
         run, arguments, model, form=form, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -154,12 +159,9 @@ def generate(
         _answer_one(run, decoder, asked, judge, best_of)
         say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
         return
-    mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
-    if onset:
-        mixture |= {"onset": onset}
     if judge is not None:
         mixture |= {"best_of": best_of, "readout": digest(judge.weights.tolist())}
-    recipe = _recipe(model.fingerprint, model.spec, questions, arguments, mixture, sampling | {"stop": stop})
+    recipe = _recipe(model, mixture, *how)
     requests = [
         Request(_with_system(question, system), alpha, betas, _seeded(params, question.id), question.id, onset)
         for question in questions
@@ -265,29 +267,31 @@ def _seeded(params: SamplingParams, name: str) -> SamplingParams:
 
 
 def _recipe(
-    fingerprint: dict[str, str],
-    patient: str,
+    patient: LoadedModel | None,
+    mixture: dict[str, Any],
     prompts: Sequence[Prompt],
     doctors: Sequence[DoctorArgument],
-    mixture: dict[str, Any],
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
-    return {
+    """How answers are made; without a patient, all that is known before it is loaded."""
+    recipe: dict[str, Any] = {
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
         "settings": {
-            "patient": {"patient": patient, **fingerprint},
             "doctors": {"doctors": [argument.path for argument in doctors]},
             "mixture": mixture,
             "sampling": sampling,
         },
         "fingerprint": {
-            "patient": digest(fingerprint),
             "doctors": digest([_weights(argument) for argument in doctors]),
             "mixture": digest(mixture),
             "sampling": digest(sampling),
             "prompts": digest([[prompt.id, list(prompt.messages)] for prompt in prompts]),
         },
     }
+    if patient is not None:
+        recipe["settings"]["patient"] = {"patient": patient.spec, **patient.fingerprint}
+        recipe["fingerprint"]["patient"] = digest(patient.fingerprint)
+    return recipe
 
 
 def _weights(argument: DoctorArgument) -> list[str]:

@@ -97,7 +97,7 @@ def pairs(
     from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
     chosen = PairOptions(**options)
-    check_wanted(output, judge, chosen)
+    check_wanted(output, questions, judge, chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Answered prompts are kept in {output}.parts; the same command goes on from there."
     # Nobody knows how many prompts it takes to make so many pairs.

@@ -109,9 +109,10 @@ def rewards(
     from llmdoctor.data.preferences import load_preferences
 
     source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
-    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards
+    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards, check_settings
 
     scoring, rewarding = ScoringOptions(**scoring_options), RewardOptions(**reward_options)
+    check_settings(output, pair_of_faces, scoring, rewarding, rescore)
     total = count_pairs(run, source)
     resumed = any((output / "logps").glob("*.parquet"))
     model = load(run, patient, dtype, device, trust_remote_code)

@@ -171,32 +171,14 @@ def _prepare_manifest(
     rewards: RewardOptions,
     rescore: bool,
 ) -> dict[str, Any]:
-    fingerprint = {
-        **patient.fingerprint,
-        "template": encoder.fingerprint(),
-        "faces": faces.fingerprint(),
-        # As by default, whatever it is: what was made by default is still what it was.
-        "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
-    }
+    fingerprint = {**patient.fingerprint, "template": encoder.fingerprint(), **_fingerprint(faces, scoring)}
     stored = read_manifest(folder)
     # Where nothing was scored yet, nothing is lost: options that let nothing through may be mended.
     if stored is not None and not stored.get("complete") and not _any_scored(folder):
         shutil.rmtree(folder / LOGPS_FOLDER, ignore_errors=True)
         stored = None
     if stored is not None:
-        before = {key: value for key, value in stored["fingerprint"].items() if key != "data"}
-        if before != fingerprint:
-            was = _settings(stored["faces"], stored["scoring_options"])
-            now = _settings(asdict(faces), asdict(scoring))
-            raise FingerprintMismatch(str(folder), before, fingerprint, _FIX, was, now)
-        if stored["reward_options"] != asdict(rewards) and not rescore:
-            raise FingerprintMismatch(
-                str(folder),
-                {key: str(value) for key, value in stored["reward_options"].items()},
-                {key: str(value) for key, value in asdict(rewards).items()},
-                "Ask for `rescore` (--rescore) to recompute the rewards from the stored log-likelihoods (seconds), "
-                "or give another output folder.",
-            )
+        _compare(folder, stored, fingerprint, faces, scoring, rewards, rescore)
         if stored["reward_options"] == asdict(rewards):
             return stored
         manifest = {**stored, "reward_options": asdict(rewards), "complete": False}
@@ -213,6 +195,49 @@ def _prepare_manifest(
         }
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
+
+
+def check_settings(
+    folder: Path, faces: FacePair, scoring: ScoringOptions, rewards: RewardOptions, rescore: bool = False
+) -> None:
+    """FingerprintMismatch as `acquire_rewards`, by what is known before a patient is loaded."""
+    stored = read_manifest(folder)
+    if stored is not None and (stored.get("complete") or _any_scored(folder)):
+        _compare(folder, stored, _fingerprint(faces, scoring), faces, scoring, rewards, rescore)
+
+
+def _fingerprint(faces: FacePair, scoring: ScoringOptions) -> dict[str, str]:
+    """Of all but the patient and the pairs."""
+    return {
+        "faces": faces.fingerprint(),
+        # As by default, whatever it is: what was made by default is still what it was.
+        "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
+    }
+
+
+def _compare(
+    folder: Path,
+    stored: dict[str, Any],
+    fingerprint: dict[str, str],
+    faces: FacePair,
+    scoring: ScoringOptions,
+    rewards: RewardOptions,
+    rescore: bool,
+) -> None:
+    """FingerprintMismatch where the manifest `stored` is of other inputs, as far as `fingerprint` goes."""
+    before = {key: value for key, value in stored["fingerprint"].items() if key in fingerprint}
+    if before != fingerprint:
+        was = _settings(stored["faces"], stored["scoring_options"])
+        now = _settings(asdict(faces), asdict(scoring))
+        raise FingerprintMismatch(str(folder), before, fingerprint, _FIX, was, now)
+    if stored["reward_options"] != asdict(rewards) and not rescore:
+        raise FingerprintMismatch(
+            str(folder),
+            {key: str(value) for key, value in stored["reward_options"].items()},
+            {key: str(value) for key, value in asdict(rewards).items()},
+            "Ask for `rescore` (--rescore) to recompute the rewards from the stored log-likelihoods (seconds), "
+            "or give another output folder.",
+        )
 
 
 def _settings(faces: dict[str, Any], scoring: dict[str, Any]) -> Settings:
