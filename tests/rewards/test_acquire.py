@@ -337,6 +337,15 @@ def test_other_data_is_refused(shared_model: LoadedModel, tmp_path: Path, case: 
     assert len(list((store.folder / "logps").iterdir())) == math.ceil(count / 8)
 
 
+def test_what_are_no_faces_and_no_pairs(shared_model: LoadedModel, tmp_path: Path) -> None:
+    for faces in ("kind", [FACES]):
+        with pytest.raises(UserError, match=r"faces must be one pair of faces, such as face_pairs\('positive'\)\[0\]"):
+            acquire(shared_model, some_pairs(4), tmp_path / "s", faces=faces)
+    for pairs in ("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]):
+        with pytest.raises(UserError, match="pairs must be PreferencePairs, as load_preferences gives them, got "):
+            acquire(shared_model, pairs, tmp_path / "s")
+
+
 def test_damaged_files_are_named_and_can_be_made_again(shared_model: LoadedModel, tmp_path: Path) -> None:
     store = acquire(shared_model, some_pairs(20), tmp_path / "s")
     rewards, shard = store.folder / "rewards.parquet", store.folder / "logps" / "00001.parquet"

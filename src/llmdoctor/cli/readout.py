@@ -70,4 +70,5 @@ def readout(
         f"{percent_of(found.fit.accuracy, found.fit.pairs, 1)} of the pairs left out are ranked right, {took}"
     )
     run.say(f"the read-out is in {output}")
-    next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)
+    asked = [] if patient == DEFAULT_PATIENT else ["--patient", patient]
+    next_command(run, "generate", "PROMPT", *asked, "--best-of", 8, "--readout", output)

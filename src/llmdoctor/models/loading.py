@@ -64,7 +64,7 @@ class _Source:
 
 
 def load_model(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -81,6 +81,7 @@ def load_model(
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
     `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
     """
+    spec = os.fspath(spec)
     target = resolve_device(device)
     torch_dtype = _resolve_dtype(dtype, target)
     source = _locate(spec, revision)

@@ -133,6 +133,8 @@ def acquire_rewards(
         FingerprintMismatch: `output` was made from another patient, data, faces or options.
         UserError: no pairs, or one that does not fit the patient's context.
     """
+    if not isinstance(faces, FacePair):
+        raise UserError(f"faces must be one pair of faces, such as face_pairs('positive')[0], got {faces!r:.80}")
     folder, scoring, rewards = Path(output), scoring or ScoringOptions(), rewards or RewardOptions()
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
     manifest = _prepare_manifest(folder, patient, encoder, faces, scoring, rewards, rescore)
@@ -433,9 +435,16 @@ def _dataset_threshold(paths: Sequence[Path], options: RewardOptions) -> float:
 
 
 def _blocks(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[tuple[int, PreferencePair]]]:
-    numbered = enumerate(pairs)
+    numbered = enumerate(_checked(pairs))
     while block := list(itertools.islice(numbered, size)):
         yield block
+
+
+def _checked(pairs: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
+    for pair in pairs:
+        if not isinstance(pair, PreferencePair):
+            raise UserError(f"pairs must be PreferencePairs, as load_preferences gives them, got {pair!r:.80}")
+        yield pair
 
 
 def _length_batches(items: Sequence[_Encoded], batch_tokens: int) -> Iterator[list[_Encoded]]:

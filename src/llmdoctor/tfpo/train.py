@@ -68,15 +68,20 @@ def train_doctor(
         The doctor's folder.
 
     Raises:
-        UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, too few pairs,
-            one that does not fit into the base's context, or a setting of `config` or `rounds` that nothing in this
-            training goes by.
+        UserError: a base that is the patient itself, rewards in the doctor's own folder or of another tokenizer whose
+            tokens are no bytes, too few pairs, one that does not fit into the base's context, or a setting of `config`
+            or `rounds` that nothing in this training goes by.
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     need_one_gpu(base.model)
     check_training(rewards, config, options, rounds)
+    if patient is not None and patient.model is base.model:
+        raise UserError(
+            "base and patient are one and the same model, and training changes the base: load it a second time, as "
+            f"load_model({base.spec!r})"
+        )
     output = Path(config.output_dir)
     carried = rewards_for(base, rewards)
     need_room(base, carried, config.max_prompt_length)
