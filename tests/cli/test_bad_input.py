@@ -212,6 +212,8 @@ _PAIRS = "--pairs pairs.jsonl --faces positive"
         (f"rewards {_PAIRS} -o x --tau 0", "tau must be positive, got 0.0"),
         ("train --rewards {rewards} -o file", "file is a file; give a folder for the output"),
         ("train --rewards {rewards} -o {rewards}", "holds the token rewards; give the doctor a folder of its own"),
+        ("train --rewards {rewards} -o x --dtype int8", "error: Unknown dtype 'int8'"),
+        ("demo -o file", "file is a file; give a folder for the output"),
         ("train --rewards {rewards} -o x --eta 0", "eta must be positive and finite, got 0.0"),
         ("train --rewards {rewards} -o x --lr-scheduler-type zigzag", "zigzag is not a valid SchedulerType"),
         ("train --rewards {rewards} -o x --lr-scheduler-type warmup_stable_decay", "cannot be used with"),

@@ -519,7 +519,7 @@ def test_auto_dtype_on_a_gpu_wants_native_bfloat16(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert loading._resolve_dtype("auto", "cuda:0") == expected
+    assert loading.resolve_dtype("auto", "cuda:0") == expected
 
 
 def test_what_is_trained_needs_one_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

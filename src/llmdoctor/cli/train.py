@@ -101,12 +101,13 @@ def train(
         raise UserError(f"the rewards in {rewards} were made with the faces {made_with!r}, not {faces!r}")
     check_output(output, folder=True)
     from llmdoctor.cli.training_callback import quiet_training
-    from llmdoctor.models.loading import resolve_device
+    from llmdoctor.models.loading import resolve_device, resolve_dtype
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import check_training, train_doctor
 
     options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
+    resolve_dtype(dtype, resolve_device(device))
     config = _config(
         output_dir=str(output),
         disable_tqdm=True,

@@ -83,7 +83,7 @@ def load_model(
     """
     spec = os.fspath(spec)
     target = resolve_device(device)
-    torch_dtype = _resolve_dtype(dtype, target)
+    torch_dtype = resolve_dtype(dtype, target)
     source = _locate(spec, revision)
     with nullcontext() if verbose else builtin.quiet_transformers():
         if source.is_gguf:
@@ -207,7 +207,8 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _resolve_dtype(dtype: str, device: str) -> torch.dtype:
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of that name; what `auto` means on the device. UserError for an unknown one."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":

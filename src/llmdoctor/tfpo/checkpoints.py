@@ -34,13 +34,14 @@ def _is_json(path: Path) -> bool:
 
 
 def training_identity(config: DoctorConfig | RewardModelConfig) -> dict[str, Any]:
-    """What makes a training this one: fingerprints of its base, rewards and settings, and the settings themselves."""
+    """What makes a training this one: fingerprints of its base, rewards and settings, and what is behind them."""
     settings = decisive(config.training)
     return {
         "base": digest(config.base_fingerprint),
         "rewards": digest(config.rewards_fingerprint),
         "settings": digest(settings),
         "training": json.loads(json.dumps(settings)),
+        "base_fingerprint": dict(config.base_fingerprint),
     }
 
 
@@ -64,8 +65,9 @@ def check_same_training(
     if was == now:
         return
     before, after = ({name: str(value) for name, value in side.items()} for side in (was, now))
-    # Those of an older version have no settings beside them.
-    told = [{"settings": side["training"]} if "training" in side else {} for side in (stored, current)]
+    # Those of an older version have fewer of them.
+    behind = {"settings": "training", "base": "base_fingerprint"}
+    told = [{name: side[its] for name, its in behind.items() if its in side} for side in (stored, current)]
     raise FingerprintMismatch(str(what), before, after, remedy, told[0], told[1])
 
 
