@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdoctor.errors import FingerprintMismatch
+from llmdoctor.errors import FingerprintMismatch, Settings
+
+_MARKER = "fingerprint.json"
 
 
 @contextmanager
@@ -99,13 +101,33 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim(folder: Path, fingerprint: dict[str, str], fix: str) -> None:
-    """Write down what the unfinished work in `folder` is; FingerprintMismatch, with `fix`, if it is another one's."""
-    marker = folder / "fingerprint.json"
+def claim(folder: Path, fingerprint: dict[str, str], fix: str, settings: Settings) -> None:
+    """Write down what the unfinished work in `folder` is.
+
+    Args:
+        folder: of the work.
+        fingerprint: what it is made from.
+        fix: what to do where the folder is another one's.
+        settings: what stands behind fingerprints, by their names.
+
+    Raises:
+        FingerprintMismatch: what is there is another one's.
+    """
+    check_claim(folder, fingerprint, fix, settings)
+    marker = folder / _MARKER
     if not marker.is_file():
-        write_json(marker, fingerprint)
-    elif (stored := json.loads(marker.read_text(encoding="utf-8"))) != fingerprint:
-        raise FingerprintMismatch(str(folder), stored, fingerprint, fix)
+        write_json(marker, {**fingerprint, "settings": settings})
+
+
+def check_claim(folder: Path, fingerprint: dict[str, str], fix: str, settings: Settings) -> None:
+    """FingerprintMismatch as `claim`, by those fingerprints that are known; writes nothing."""
+    marker = folder / _MARKER
+    if not marker.is_file():
+        return
+    stored = json.loads(marker.read_text(encoding="utf-8"))
+    before = {name: value for name, value in stored.items() if name in fingerprint}
+    if before != fingerprint:
+        raise FingerprintMismatch(str(folder), before, fingerprint, fix, stored.get("settings"), settings)
 
 
 def sha256_file(path: Path) -> str:

@@ -340,6 +340,7 @@ def test_a_chat_judge_that_goes_down_leaves_what_it_said(
         ("chat:wise@localhost:8000/v1", "base_url must look like https"),
         ("chat:wise", "the environment variable OPENAI_API_KEY is not set"),
         ("reward:./no-such-model", "no-such-model"),
+        ("os:getcwd", "scorer 'os:getcwd' failed on 1 texts (TypeError: "),
     ],
 )
 def test_a_judge_that_cannot_be_is_told_before_anything_is_decoded(

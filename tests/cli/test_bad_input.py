@@ -184,6 +184,95 @@ def test_bad_training_settings(cli: Cli, finished: Path, tmp_path: Path, option:
     assert not (tmp_path / "d" / "doctor.json").exists()
 
 
+_PAIRS = "--pairs pairs.jsonl --faces positive"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate --prompts p.txt -o folder", "folder is a folder; the answers need a file, such as"),
+        ("generate --prompts p.txt -o file", "file is there already, made by something else"),
+        ("generate --prompts p.txt -o file/a.jsonl", "file is a file; give another output"),
+        ("generate Hi --overwrite", "--limit and --overwrite are of --prompts FILE"),
+        ("generate Hi --limit 3", "--limit and --overwrite are of --prompts FILE"),
+        ("generate Hi --doctor {doctor} --form sum", "form must be one of ratio, product, got 'sum'"),
+        ("generate Hi --doctor {doctor} --doctor {doctor}=2", "two doctors are named 'positive'"),
+        ("generate Hi --doctor {doctor} --batch-size 0", "Invalid value for '--batch-size'"),
+        ("generate Hi --doctor cut", "the doctor cut is not whole: it lacks value_head.safetensors"),
+        ("generate Hi --dimension polite", "--dimension says what a doctor must be trained for; give --doctor"),
+        ("generate Hi --alpha nan", "alpha must be a finite number, got nan"),
+        ("generate Hi --draft folder", "folder is not a draft model: it has no draft.json"),
+        ("generate Hi --best-of 2 --readout folder", "folder is not a read-out: it has no readout.json"),
+        ("generate Hi --best-of 2 --readout x --temperature 0", "--best-of 2 draws samples, so the temperature must"),
+        ("chat --form sum", "form must be one of ratio, product, got 'sum'"),
+        ("chat --alpha inf", "alpha must be a finite number, got inf"),
+        ("chat --draft folder", "folder is not a draft model: it has no draft.json"),
+        (f"rewards {_PAIRS} -o file", "file is a file; give a folder for the output"),
+        (f"rewards {_PAIRS} -o file/rewards", "file is a file; give another output"),
+        (f"rewards {_PAIRS} -o x --tau 0", "tau must be positive, got 0.0"),
+        ("train --rewards {rewards} -o file", "file is a file; give a folder for the output"),
+        ("train --rewards {rewards} -o {rewards}", "holds the token rewards; give the doctor a folder of its own"),
+        ("train --rewards {rewards} -o x --dtype int8", "error: Unknown dtype 'int8'"),
+        ("demo -o file", "file is a file; give a folder for the output"),
+        ("train --rewards {rewards} -o x --eta 0", "eta must be positive and finite, got 0.0"),
+        ("train --rewards {rewards} -o x --lr-scheduler-type zigzag", "zigzag is not a valid SchedulerType"),
+        ("train --rewards {rewards} -o x --lr-scheduler-type warmup_stable_decay", "cannot be used with"),
+        ("train --rewards {rewards} -o x --lr-scheduler-type greedy", "and rounds do not look at them while they"),
+        (
+            "train --rewards {rewards} -o x --lr-scheduler-type reduce_lr_on_plateau --rounds 0 --eval-fraction 0",
+            "goes by the loss on held-out pairs, and there are none",
+        ),
+        ("train --rewards {rewards} -o x --eta 0.1", "eta 0.1 is a setting of the balance on pairs"),
+        ("train --rewards {rewards} -o x --no-lora", "rounds need a LoRA doctor"),
+        ("train --rewards {rewards} -o x --eval-fraction 0.9", "4 pairs leave none to train on"),
+        ("pairs -o x.csv", "x.csv: pairs are written as .jsonl or .jsonl.gz"),
+        ("pairs -o file/x.jsonl", "file is a file; give another output"),
+        ("pairs -o x.jsonl --temperature 0", "temperature 0 gives every prompt the same answer"),
+        ("pairs -o x.jsonl --scorer os:getcwd", "scorer 'os:getcwd' failed on 1 texts (TypeError: "),
+        ("pairs -o x.jsonl --top-p 0", "top_p must be in (0, 1], got 0.0"),
+        ("pairs -o x.jsonl --batch-size 0", "batch_size must be at least 1, got 0"),
+        ("shrink -o file/small", "file is a file; give another output"),
+        ("shrink -o folder", "folder holds something else than a shrunk model"),
+        ("shrink -o x --prompts p.txt", "2 prompts leave none to learn from with held_out 32"),
+        ("draft -o folder", "folder holds something else than a draft model"),
+        ("draft -o x --prompts p.txt", "2 prompts leave none to learn from with held_out 32"),
+        ("readout --pairs pairs.jsonl -o folder", "folder holds something else than a read-out"),
+        ("readout --pairs pairs.jsonl -o x", "a read-out with 5 folds needs at least 2 folds and 2 pairs in each"),
+        ("inspect {rewards} -o folder", "folder is a folder; give a file for the output"),
+        ("bench table -o file", "file is a file; give a folder for the output"),
+        ("bench table --pairs-from none.jsonl --faces polite --judge vader", "none.jsonl: no such file"),
+        ("bench table --pairs-from pairs.jsonl --faces loud --judge vader", "no faces for the dimension 'loud'"),
+        ("bench judge --judge vader --pairs pairs.jsonl -o file", "file is a file; give a folder for the output"),
+    ],
+)
+def test_told_before_a_model_is_loaded(
+    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    (tmp_path / "p.txt").write_text("Hello\nYou\n")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    shutil.copytree(finished / "doctor", tmp_path / "cut")
+    (tmp_path / "cut" / "value_head.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    ended = cli(*command.format(doctor=finished / "doctor", rewards=finished / "rewards").split())
+    assert (ended.status, message in ended.err) == (2, True), ended.err
+    assert "loading" not in ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_record_that_is_broken(cli: Cli, good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Hello\n")
+    command = ("generate", "--prompts", tmp_path / "p.txt", "-o", tmp_path / "a.jsonl", "--patient", tiny_folder,
+               "--max-new-tokens", 1, *CPU)  # fmt: skip
+    good(*command)
+    (tmp_path / "a.jsonl.recipe.json").write_text("{")
+    assert "a.jsonl.recipe.json is broken (JSONDecodeError" in refused(cli, *command)
+    good(*command, "--overwrite")
+
+
 def test_finished_work_is_not_replaced_unasked(cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("precious")

@@ -159,6 +159,13 @@ def test_all_but_human_labels_take_ones_own_tasks(
     assert {"pareto.svg", "dynamics-positive.svg", "ablation-readable.svg"} <= set(plots)
 
 
+def test_without_a_subcommand_it_shows_its_help(cli: Cli) -> None:
+    ended = cli("bench")
+    assert (ended.status, ended.err) == (2, "")
+    assert "Usage: llmdoctor bench" in ended.out
+    assert all(name in ended.out for name in ("table", "frontier", "pareto", "ablation", "dynamics", "human", "report"))
+
+
 def test_tasks_of_the_same_faces_are_numbered() -> None:
     tasks = _tasks(pairs=["a", "b", "c"], faces=["helpful", "harmless", "helpful"], judges=["vader"])
     assert [(task.name, task.pairs, task.faces, task.judge) for task in tasks] == [

@@ -108,7 +108,10 @@ def test_a_doctor_whose_strength_never_grows_says_nothing(
     assert [row["text"] for row in mute] == [row["text"] for row in patient] != [row["text"] for row in guided]
     assert [row["kl_estimate"] for row in mute] == pytest.approx([0.0] * len(mute), abs=1e-3)
     assert {row["onset"] for row in mute} == {10**6}
-    assert "was made from other inputs (mixture: stored" in cli(*command, "-o", tmp_path / "mute.jsonl").err
+    assert (
+        "was made from other inputs (onset: stored 1000000, now (absent))"
+        in cli(*command, "-o", tmp_path / "mute.jsonl").err
+    )
 
 
 def test_interrupted_and_continued_is_the_same_file(
@@ -150,11 +153,36 @@ def test_other_settings_are_refused(
     assert "is finished already" in good(*command, "-o", output).out
     ended = cli(*command, "-o", output, "--temperature", 0)
     assert ended.status == 2
-    assert "was made from other inputs (sampling: stored" in ended.err
+    assert "was made from other inputs (temperature: stored 1.0, now 0.0)" in ended.err
+    assert "loading" not in ended.err, "what is no matter of the patient is told before it is loaded"
     assert "--overwrite to replace it" in ended.err
     assert output.read_text() == before
+    ended = cli(*command[:-4], "--dtype", "bfloat16", "--device", "cpu", "-o", output)
+    assert "was made from other inputs (dtype: stored float32, now bfloat16)" in ended.err
     good(*command, "-o", output, "--temperature", 0, "--overwrite")
     assert output.read_text() != before
+
+
+def test_of_an_unfinished_run_the_setting_that_differs_is_named(tmp_path: Path) -> None:
+    """With the rows of an older version, which have no settings, the fingerprint that differs."""
+    target, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    was, now = (
+        {"fingerprint": {"sampling": digest}, "settings": {"sampling": {"seed": seed, "top_k": 0}}}
+        for digest, seed in (("one", 0), ("two", 1))
+    )
+    with ResultFile(target, was) as unfinished:
+        unfinished.add(0, {"text": "a"})
+    with pytest.raises(FingerprintMismatch, match=r"\(seed: stored 0, now 1\)\. Delete that file"):
+        ResultFile(target, now).__enter__()
+    first, *rest = partial.read_text().splitlines(keepends=True)
+    partial.write_text(json.dumps(json.loads(first)["fingerprint"]) + "\n" + "".join(rest))
+    with pytest.raises(FingerprintMismatch, match=r"\(sampling: stored one, now two\)\. Delete that file"):
+        ResultFile(target, now).__enter__()
+    with ResultFile(target, was) as again:
+        assert again.rows == {0: {"text": "a"}}
+    ResultFile(target, {"fingerprint": {}}).check()
+    with pytest.raises(FingerprintMismatch, match=r"\(sampling: stored one, now two\)\. Delete that file"):
+        ResultFile(target, now).check()
 
 
 def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -260,6 +288,11 @@ def test_text_cannot_command_the_terminal() -> None:
         ("runs/doctor=-1e-1", DoctorArgument("runs/doctor", -0.1)),
         ("kind:runs/doctor=2", DoctorArgument("runs/doctor", 2.0, "kind")),
         ("kind:owner/name", DoctorArgument("owner/name", 1.0, "kind")),
+        ("a:runs/doctor=1.0", DoctorArgument("runs/doctor", 1.0, "a")),
+        ("a:/runs/doctor", DoctorArgument("/runs/doctor", 1.0, "a")),
+        ("b", DoctorArgument("b")),
+        ("b=0.5", DoctorArgument("b", 0.5)),
+        ("one,two=2", DoctorArgument("one,two", 2.0)),
         ("C:\\doctor=2", DoctorArgument("C:\\doctor", 2.0)),
         ("a=b=2", DoctorArgument("a=b", 2.0)),
     ],
@@ -268,9 +301,27 @@ def test_how_a_doctor_is_named(text: str, expected: DoctorArgument) -> None:
     assert DoctorArgument.parse(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--doctor : expected PATH=BETA"),
+        ("=1", "--doctor =1: expected PATH=BETA"),
+        ("b=", "--doctor b=: '' is no number; expected PATH=BETA"),
+        ("b=1,0", "'1,0' is no number"),
+        ("b=1.0,c=0.5", "these are several doctors; give each by itself, as --doctor PATH=BETA"),
+        ("glad & calm:b=1", "a name has letters, digits, '.', '_' and '-' and begins with a letter, got 'glad & calm'"),
+    ],
+)
+def test_what_is_no_doctor(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b").mkdir()
+    with pytest.raises(UserError, match=re.escape(message)):
+        DoctorArgument.parse(text)
+
+
 def test_a_path_that_exists_is_taken_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("eta=0.5", "kind:doctor"):
+    for name in ("eta=0.5", "kind:doctor", "b", "a=1,b=2"):
         Path(name).mkdir()
         assert DoctorArgument.parse(name) == DoctorArgument(name)
     assert DoctorArgument.parse("kind:doctor=2") == DoctorArgument("kind:doctor", 2.0)

@@ -47,6 +47,14 @@ def test_what_is_no_place_for_it(cli: Cli, finished: Path, tmp_path: Path) -> No
     assert "is a file" in cli("merge", doctor, doctor, "-o", tmp_path / "file").err
     assert "at least two doctors" in cli("merge", doctor, "-o", tmp_path / "new").err
     assert "is not a doctor" in cli("merge", doctor, tmp_path / "other", "-o", tmp_path / "new").err
+    # In the words of this command, which has no --doctor.
+    for part, message in (
+        (f"{doctor}=x", "'x' is no number; expected PATH=WEIGHT"),
+        (f"{doctor}=nan", "expected PATH=WEIGHT, with a finite number WEIGHT"),
+        (f"kind:{doctor}=1", "what is merged goes by no name; expected DOCTOR=WEIGHT"),
+    ):
+        refused = cli("merge", part, doctor, "-o", tmp_path / "new")
+        assert (refused.status, message in refused.err, "--doctor" in refused.err) == (2, True, False), refused.err
     assert not (tmp_path / "new").exists()
 
 

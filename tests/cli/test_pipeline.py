@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.cli.harness import CPU, Cli
+from tests.cli.harness import CPU, PAIRS, Cli, write_jsonl
 
 from llmdoctor.data.preferences import load_preferences
 from llmdoctor.models.doctor import DoctorConfig
@@ -46,7 +46,7 @@ def test_from_prompts_to_guided_answers(
     seen = good("inspect", rewards, "-o", page, "--agreement-pairs", 2, "--examples", 1, *CPU)
     assert "chosen" in seen.out
     assert "Rank agreement" in seen.out
-    assert "comparing faces: 6 pairs in" in seen.err, "two pairs under three paraphrases"
+    assert "comparing faces: 6 readings of a pair in" in seen.err, "two pairs under three paraphrases"
     assert "polite#3" in page.read_text()
 
     trained = good("train", "--rewards", rewards, "-o", doctor, "--eval-fraction", 0.34, "--rounds", 0,
@@ -87,6 +87,43 @@ def test_pairs_by_faces(good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     assert json.loads(Path(f"{output}.recipe.json").read_text())["faces"]["name"] == "concise"
 
 
+def test_of_how_many_prompts_is_not_said_where_the_pairs_are_limited(
+    good: Cli, tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Question {number}?\n" for number in range(6)))
+    command = ("pairs", "--prompts", prompts, "--scorer", "brevity", "--patient", tiny_folder, "--samples", 2,
+               "--max-new-tokens", 9, "--batch-size", 2, "--seed", 1, *CPU)  # fmt: skip
+    assert "answering: 0 of 6 prompts" in good(*command, "-o", tmp_path / "all.jsonl").err
+    made = good(*command, "-o", tmp_path / "one.jsonl", "--limit", 1)
+    assert "answering\n" in made.err
+    assert "of 6 prompts" not in made.err
+    assert "1 pairs of " in made.out
+
+
+def test_a_model_named_from_one_folder_is_found_from_another(
+    good: Cli, cli: Cli, tiny_folder: Path, deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor's base is not the patient it guides, so it has to be found by its name."""
+    here = tmp_path / "here"
+    shutil.copytree(tiny_folder, here / "model")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    monkeypatch.chdir(here)
+    good("rewards", "--pairs", pairs, "--faces", "polite", "--patient", "./model", "-o", "rewards", *CPU)
+    monkeypatch.chdir(tmp_path)
+    train = ("train", "--rewards", "here/rewards", "-o", "doctor", "--rounds", 0, "--num-train-epochs", 1, *CPU)
+    trained = good(*train)
+    assert f"--patient {here / 'model'} " in trained.out
+    assert DoctorConfig.load(Path("doctor")).base == str(here / "model")
+    adapter = json.loads(Path("doctor/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(here / "model")
+    monkeypatch.chdir(here)
+    good("generate", "Hi", "--patient", deep_folder, "--doctor", "../doctor", "--max-new-tokens", 1, *CPU)
+    shutil.rmtree(here / "model")
+    gone = cli(*train[:2], "rewards", "-o", "../new", *train[5:])
+    assert f"the patient that made the rewards in rewards, as it was called: There is no folder {here}" in gone.err
+
+
 def test_inspect_without_the_patient(good: Cli, finished: Path, tmp_path: Path) -> None:
     ended = good("inspect", finished / "rewards", "-o", tmp_path / "page.html", "--no-agreement")
     assert "loading" not in ended.err
@@ -102,6 +139,10 @@ def test_rewards_are_rescored_without_scoring_again(
     refused = cli(*command)
     assert refused.status == 2
     assert "density: stored None, now 0.25" in refused.err
+    assert "loading" not in refused.err
+    refused = cli(*command, "--max-completion-length", 5)
+    assert "(max_completion_length: stored 512, now 5)" in refused.err
+    assert "loading" not in refused.err
     ended = good(*command, "--rescore")
     assert "tokens/s" not in ended.out, "the speed of an earlier run"
     assert RewardStore.open(folder).manifest["reward_options"]["density"] == 0.25

@@ -32,7 +32,8 @@ def pairs(tmp_path: Path) -> Path:
 def folder(good: Cli, pairs: Path, tiny_folder: Path, tmp_path: Path) -> Path:
     done = good("readout", "--pairs", pairs, "--patient", tiny_folder, "--folds", 3, "-o", tmp_path / "readout", *CPU)
     assert "12 pairs, layers " in done.out + done.err
-    assert f"llmdoctor generate PROMPT --best-of 8 --readout {tmp_path / 'readout'}" in done.out + done.err
+    follows = f"llmdoctor generate PROMPT --patient {tiny_folder} --best-of 8 --readout {tmp_path / 'readout'}"
+    assert follows in done.out + done.err
     return tmp_path / "readout"
 
 

@@ -71,8 +71,8 @@ def test_a_cut_run_says_what_is_kept(
         (("--layers", 0), "layers must be at least 1, got 0"),
         (("--keep", "0,1"), "keep must be ascending numbers from 0 to 1, not all of them, got '0,1'"),
         (("--held-out", 6), "6 prompts leave none to learn from with held_out 6"),
-        (("--seed", 1), "was made from other inputs (options: stored"),
-        (("--dtype", "bfloat16"), "was made from other inputs (patient: stored"),
+        (("--seed", 1), "was made from other inputs (seed: stored 0, now 1)"),
+        (("--dtype", "bfloat16"), "was made from other inputs (dtype: stored float32, now bfloat16)"),
     ],
 )
 def test_bad_input(

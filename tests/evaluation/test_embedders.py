@@ -75,3 +75,13 @@ def test_a_folder_that_holds_no_model_is_one_clear_line(tmp_path):
 def test_vectors_that_say_nothing_are_refused(vectors, message):
     with pytest.raises(UserError, match=message):
         unit_vectors(lambda _texts: vectors, ["first", "second"])
+
+
+def test_an_embedder_that_breaks_is_one_clear_line():
+    def broken(_texts):
+        raise KeyError("no such word")
+
+    with pytest.raises(
+        UserError, match=r"did not return an array of numbers for 1 texts \(KeyError: 'no such word'\)$"
+    ):
+        unit_vectors(broken, ["first"])

@@ -124,6 +124,9 @@ def own_module(tmp_path, monkeypatch):
         "def length(texts):\n    return [len(t) for t in texts]\n"
         "def short(texts):\n    return [0.5]\n"
         "def broken(texts):\n    return [float('nan') for t in texts]\n"
+        "def fails(texts):\n    raise OSError('no such\\nmodel')\n"
+        "def nothing(texts):\n    pass\n"
+        "def letters(texts):\n    return texts\n"
         "named = Scorer('named', length, 'longer', '0…')\n"
         "number = 3\n"
     )
@@ -165,3 +168,18 @@ def test_a_users_scorer_that_returns_nonsense_is_refused():
         get_scorer("own_scores:short")(["a", "b"])
     with pytest.raises(UserError, match="'own_scores:broken' returned nan for text 1: 'a'"):
         get_scorer("own_scores:broken")(["a", "b"])
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("fails", "OSError: no such"),
+        ("nothing", "TypeError: 'NoneType' object is not iterable"),
+        ("letters", "ValueError: could not convert string to float: 'a'"),
+    ],
+)
+def test_a_users_scorer_that_fails_is_one_clear_line(name, problem):
+    with pytest.raises(UserError) as caught:
+        get_scorer(f"own_scores:{name}")(["a", "b"])
+    assert str(caught.value) == f"scorer 'own_scores:{name}' failed on 2 texts ({problem}); --debug shows where"

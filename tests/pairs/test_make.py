@@ -19,7 +19,7 @@ from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.evaluation.scorers import Scorer
 from llmdoctor.models.loading import LoadedModel, load_model
-from llmdoctor.pairs.make import PairOptions, make_pairs
+from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
 PROMPTS = [Prompt(f"p{number}", ({"role": "user", "content": f"{number} the cat"},)) for number in range(7)]
 OPTIONS = PairOptions(samples=4, max_new_tokens=10, batch_size=8)
@@ -236,24 +236,27 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("key", "change"),
+    ("told", "change"),
     [
-        ("options", {"options": replace(OPTIONS, seed=1)}),
-        ("prompts", {"prompts": PROMPTS[:6]}),
-        ("judge", {"judge": FACES}),
-        ("patient", {}),
+        ("seed: stored 0, now 1", {"options": replace(OPTIONS, seed=1)}),
+        (r"prompts: stored \w{16}, now \w{16}", {"prompts": PROMPTS[:6]}),
+        (r"faces: stored \(absent\), now kind; scorer: stored e, now \(absent\)", {"judge": FACES}),
+        (r"model: stored \w{16}, now another", {}),
     ],
 )
 def test_an_unfinished_run_of_other_settings_is_refused(
-    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, change: dict[str, Any]
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, change: dict[str, Any]
 ) -> None:
     target = tmp_path / "cut.jsonl"
     interrupted(patient, target, monkeypatch)
     parts = {path.name: path.read_bytes() for path in (tmp_path / "cut.jsonl.parts").iterdir()}
-    if key == "patient":
+    if not change:
         patient = replace(patient, fingerprint={**patient.fingerprint, "model": "another"})
     given = {"prompts": PROMPTS, "judge": SCORER, "options": OPTIONS, **change}
-    with pytest.raises(FingerprintMismatch, match=rf"\({key}: stored \w{{16}}, now \w{{16}}\)\. Delete that folder"):
+    if change:
+        with pytest.raises(FingerprintMismatch, match=rf"\({told}\)\. Delete that folder"):
+            check_wanted(target, **given)
+    with pytest.raises(FingerprintMismatch, match=rf"\({told}\)\. Delete that folder"):
         make_pairs(patient, given.pop("prompts"), target, **given)
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / "cut.jsonl.parts").iterdir()}
 
@@ -303,9 +306,37 @@ def test_a_scorer_that_breaks(patient: LoadedModel, tmp_path: Path) -> None:
     assert not (tmp_path / "p.jsonl").exists()
 
 
+def test_a_scorer_that_breaks_later_leaves_what_was_done(patient: LoadedModel, tmp_path: Path) -> None:
+    """Two prompts a block: with the fifth prompt the third block breaks, and two blocks are not scored again."""
+    credit = 4
+
+    def paid(texts: Sequence[str]) -> list[float]:
+        nonlocal credit
+        if not credit:
+            raise RuntimeError("out of credit")
+        credit -= 1
+        return [float(len(text)) for text in texts]
+
+    judge = Scorer("paid", paid, "longer")
+    with pytest.raises(UserError, match=r"scorer 'paid' failed on \d texts \(RuntimeError: out of credit\)"):
+        make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=judge, options=OPTIONS)
+    credit = len(PROMPTS) - 4
+    assert make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=judge, options=OPTIONS)["prompts"] == len(PROMPTS)
+
+
+def test_one_answer_again_and_again_makes_no_pairs(patient: LoadedModel, tmp_path: Path) -> None:
+    greedy = PairOptions(temperature=0)
+    with pytest.raises(UserError, match="temperature 0 gives every prompt the same answer each time"):
+        make_pairs(patient, PROMPTS, tmp_path / "p.jsonl", judge=SCORER, options=greedy)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or at least 1e-05, got -1.0"),
+        ({"top_p": 2.0}, r"top_p must be in \(0, 1\], got 2.0"),
         ({"samples": 1}, "samples must be at least 2 to have a best and a worst, got 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"min_gap": -0.1}, "min_gap must not be negative, got -0.1"),

@@ -288,14 +288,16 @@ def both_sides(error: FingerprintMismatch) -> bool:
     ("key", "change"),
     [
         ("faces", {"faces": replace(FACES, positive="Be very kind.")}),
-        ("scoring", {"scoring": ScoringOptions(shard_size=9, batch_tokens=600)}),
+        (r"\(faces: stored kind, now mild\)", {"faces": replace(FACES, name="mild", positive="Be mild.")}),
+        (r"\(shard_size: stored 8, now 9\)", {"scoring": ScoringOptions(shard_size=9, batch_tokens=500)}),
         ("theta", {"theta": 0.7}),
         ("signed", {"signed": True}),
     ],
 )
 def test_other_options_are_refused(store: RewardStore, shared_model: LoadedModel, key: str, change: Any) -> None:
     before = (store.folder / "rewards.parquet").read_bytes()
-    with pytest.raises(FingerprintMismatch, match=f"{key}: stored .*, now ") as caught:
+    told = key if "stored" in key else f"{key}: stored .*, now "
+    with pytest.raises(FingerprintMismatch, match=told) as caught:
         acquire(shared_model, some_pairs(20), store.folder, **change)
     assert both_sides(caught.value)
     assert (store.folder / "rewards.parquet").read_bytes() == before
@@ -333,6 +335,39 @@ def test_other_data_is_refused(shared_model: LoadedModel, tmp_path: Path, case: 
         acquire(shared_model, pairs, store.folder, rescore=rescore, theta=0.6 if rescore else 0.5)
     assert both_sides(caught.value)
     assert len(list((store.folder / "logps").iterdir())) == math.ceil(count / 8)
+
+
+def test_what_are_no_faces_and_no_pairs(shared_model: LoadedModel, tmp_path: Path) -> None:
+    for faces in ("kind", [FACES]):
+        with pytest.raises(UserError, match=r"faces must be one pair of faces, such as face_pairs\('positive'\)\[0\]"):
+            acquire(shared_model, some_pairs(4), tmp_path / "s", faces=faces)
+    for pairs in ("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]):
+        with pytest.raises(UserError, match="pairs must be PreferencePairs, as load_preferences gives them, got "):
+            acquire(shared_model, pairs, tmp_path / "s")
+
+
+def test_damaged_files_are_named_and_can_be_made_again(shared_model: LoadedModel, tmp_path: Path) -> None:
+    store = acquire(shared_model, some_pairs(20), tmp_path / "s")
+    rewards, shard = store.folder / "rewards.parquet", store.folder / "logps" / "00001.parquet"
+    whole = rewards.read_bytes()
+    # A cut file, and one whose data are not what its footer says.
+    for damaged in (whole[: len(whole) // 2], whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]):
+        rewards.write_bytes(damaged)
+        for use in (lambda: list(store.rows()), store.dataset):
+            with pytest.raises(
+                UserError, match=r"rewards\.parquet is damaged \(.*\)\. Delete that file and run the sa"
+            ):
+                use()
+    rewards.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"rewards\.parquet is damaged"):
+        RewardStore.open(store.folder)
+    rewards.unlink()
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"00001\.parquet is damaged \(.*\)\. Delete that file and give the same comm"):
+        acquire(shared_model, some_pairs(20), store.folder)
+    shard.unlink()
+    acquire(shared_model, some_pairs(20), store.folder)
+    assert rewards.read_bytes() == whole
 
 
 def test_rescore_leaves_the_likelihoods_alone(shared_model: LoadedModel, tmp_path: Path) -> None:

@@ -184,6 +184,13 @@ def test_a_folder_brings_the_same_scores_to_the_same_patient(shared_model: Loade
     (tmp_path / "r" / "readout.json").write_text("{")
     with pytest.raises(UserError, match=r"readout\.json is not JSON"):
         Readout.from_pretrained(tmp_path / "r", shared_model)
+    (tmp_path / "r" / "readout.json").write_text(json.dumps({"schema_version": record["schema_version"]}))
+    with pytest.raises(UserError, match="lacks the fields: fit, patient_fingerprint; fit the read-out anew"):
+        Readout.from_pretrained(tmp_path / "r", shared_model)
+    (tmp_path / "r" / "readout.json").write_text(json.dumps(record))
+    (tmp_path / "r" / "readout.safetensors").write_text("cut")
+    with pytest.raises(UserError, match=r"readout\.safetensors cannot be read .*; fit the read-out anew"):
+        Readout.from_pretrained(tmp_path / "r", shared_model)
 
 
 def test_bad_input(shared_model: LoadedModel) -> None:

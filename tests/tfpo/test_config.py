@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import SchedulerType
 
 from llmdoctor.errors import UserError
 from llmdoctor.tfpo.config import TFPOConfig
@@ -41,6 +42,22 @@ from llmdoctor.tfpo.config import TFPOConfig
 def test_config_checks_itself(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TFPOConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("name", ["cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"])
+def test_a_schedule_that_wants_settings_of_its_own(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"lr_scheduler_type {name} cannot be used with lr_scheduler_kwargs None"):
+        TFPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name)
+    given = {"num_decay_steps": 2} if name == "warmup_stable_decay" else {"min_lr": 1e-5}
+    assert TFPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name, lr_scheduler_kwargs=given).learning_rate > 0
+    with pytest.raises(UserError, match="unexpected keyword argument 'speed'"):
+        TFPOConfig(output_dir=str(tmp_path), lr_scheduler_type="cosine", lr_scheduler_kwargs={"speed": 1})
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_other_schedule_is_taken(tmp_path: Path, name: str) -> None:
+    if name not in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"):
+        assert TFPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name).lr_scheduler_type == name
 
 
 def test_unknown_settings_raise(tmp_path: Path) -> None:

@@ -250,6 +250,8 @@ def test_train_doctor_goes_on_in_rounds_and_keeps_its_judge(
     other = replace(load(tiny_folder), fingerprint={**load(tiny_folder).fingerprint, "model": "feedbeef"})
     with pytest.raises(UserError, match="is not the patient that gave the rewards"):
         train_doctor(load(tiny_folder), store, config(tmp_path / "other"), rounds=OPTIONS, patient=other)
+    with pytest.raises(UserError, match=r"base and patient are one and the same model, .* load_model\('"):
+        train_doctor(other, store, config(tmp_path / "other"), rounds=OPTIONS, patient=replace(other))
 
 
 def test_rounds_of_a_doctor_on_another_base(

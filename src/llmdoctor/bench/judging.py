@@ -106,14 +106,15 @@ class TaskJudge:
             model = _Finished(spec, load_reward_model(rest))
             self._judge = RewardJudge(model, name=spec)
             self._score = model.score
-            # One with broken weights is told now, not after hours of decoding.
-            self._score([[{"role": "user", "content": "Hello"}]], ["Hello."])
         else:
             from llmdoctor.evaluation.scorers import get_scorer
 
             scorer = get_scorer(spec)
             self._judge = ScoreJudge(scorer)
             self._score = lambda prompts, texts: scorer(texts)
+        if self._score is not None:
+            # One that cannot score, with broken weights say, is told now, not after hours of decoding.
+            self._score([[{"role": "user", "content": "Hello"}]], ["Hello."])
 
     @property
     def only_compares(self) -> bool:

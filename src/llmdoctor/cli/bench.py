@@ -14,6 +14,7 @@ from llmdoctor.cli.bench_judge import AskUser, JudgeFlags, Yes, judge, reported
 from llmdoctor.cli.bench_output import show_done, show_rows, show_table
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
+from llmdoctor.cli.options import check_output
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Compare LLMdoctor with every other method on the same patient, pairs and prompts. All subcommands share one "
     "output folder: what one has trained or decoded, the others find there, and a run that was cut goes on.",
-    no_args_is_help=True,
 )
 
 _Output = Annotated[
@@ -96,6 +96,13 @@ _Judge = Annotated[
 ]  # fmt: skip
 
 
+@app.callback(invoke_without_command=True)
+def _default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
 @contextmanager
 def _arena(
     run: Run,
@@ -112,11 +119,18 @@ def _arena(
     from llmdoctor.bench.judging import JudgeOptions
     from llmdoctor.bench.options import BenchOptions, Shard
 
+    check_output(output, folder=True)
     part = None if shard is None else Shard.parse(shard)
     options, judge_options = BenchOptions(**size), JudgeOptions(**(chat or {}))
     from llmdoctor.bench.arena import Arena, ShardDone
     from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.data.preferences import load_preferences
+    from llmdoctor.rewards.faces import face_pairs
 
+    # Else what is wrong with the last task is told after hours of the others.
+    for task in tasks:
+        load_preferences(task.pairs)
+        face_pairs(task.faces)
     run.kept = f"Finished answers and models are kept in {output}; the same command goes on from there."
     if quick:
         run.progress.say("This is a smoke run: its figures mean nothing.")

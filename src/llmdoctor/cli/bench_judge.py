@@ -12,6 +12,7 @@ import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
+from llmdoctor.cli.options import check_output
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def judge(
     from llmdoctor.bench.record import read_records
     from llmdoctor.data.preferences import load_preferences
 
+    check_output(output, folder=True)
     if quick:
         run.progress.say("This is a smoke run: its figures mean nothing.")
         limit = min(limit or 16, 16)

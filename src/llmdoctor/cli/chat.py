@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations, say_unmapped
+from llmdoctor.cli.doctors import DoctorArgument, check_doctors, load_doctors, say_translations, say_unmapped
 from llmdoctor.cli.generate import WHY_ERROR, printable, show_stream
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
@@ -25,6 +25,7 @@ from llmdoctor.cli.options import (
     Stop,
     System,
     TrustRemoteCode,
+    check_drafter,
     load,
     load_drafter,
 )
@@ -72,7 +73,10 @@ def chat(
     """
     params = SamplingParams(**sampling, stop=tuple(stop))
     arguments = [DoctorArgument.parse(text) for text in doctor]
-    check_dimensions(arguments, dimension)
+    check_doctors(arguments, dimension, form)
+    check_drafter(draft)
+    # Refuses an α that is no number.
+    Request((), alpha, onset=onset)
     _open_input()
     model = load(run, patient, dtype, device, trust_remote_code)
     guides, betas = load_doctors(

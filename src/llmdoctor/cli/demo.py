@@ -9,6 +9,7 @@ import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
+from llmdoctor.cli.options import check_output
 
 if TYPE_CHECKING:
     from llmdoctor.demo import DemoResult
@@ -31,6 +32,7 @@ def demo(
 
     Example: llmdoctor demo
     """
+    check_output(output, folder=True)
     from llmdoctor.cli.training_callback import quiet_training
     from llmdoctor.demo import DemoOptions, run_demo
 

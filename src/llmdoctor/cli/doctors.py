@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from llmdoctor.decoding.guides import Guide
     from llmdoctor.models.loading import LoadedModel
 
-# Two characters at least, so that a drive's letter is no name.
-_NAMED = re.compile(r"([A-Za-z_][\w.-]+):(.+)", re.DOTALL)
+# A drive's letter is no name.
+_NAMED = re.compile(r"(?![A-Za-z]:\\)([A-Za-z_][\w.-]*):(.+)", re.DOTALL)
+_SEVERAL = re.compile(r"=[^=,/\\]*,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +31,78 @@ class DoctorArgument:
     name: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> DoctorArgument:
-        """Read `[NAME:]PATH[=BETA]`; a path that exists as it stands is a path. UserError for a β that is no number."""
-        if Path(text).exists():
+    def parse(cls, text: str, *, option: str = "--doctor ", factor: str = "BETA") -> DoctorArgument:
+        """Read `[NAME:]PATH[=BETA]`; a path that exists as it stands is a path.
+
+        Args:
+            text: as it was typed.
+            option: what it was typed behind, for the errors.
+            factor: what they call the number.
+
+        Raises:
+            UserError: a number that is none, several doctors in one, or a name that none can have.
+        """
+        if text and Path(text).exists():
             return cls(text)
         place, sign, number = text.rpartition("=")
-        beta = 1.0
-        if sign:
-            try:
-                beta = float(number)
-            except ValueError:
-                raise UserError(f"--doctor {text}: {number!r} is no number; expected PATH=BETA") from None
         path = place if sign else text
-        named = None if Path(path).exists() else _NAMED.fullmatch(path)
-        if not path or beta != beta or abs(beta) == float("inf"):
-            raise UserError(f"--doctor {text}: expected PATH=BETA, with a finite number BETA")
-        return cls(named[2], beta, named[1]) if named else cls(path, beta)
-
-
-def check_dimensions(arguments: Sequence[DoctorArgument], allowed: Sequence[str]) -> None:
-    """Raise UserError for a doctor that was trained for none of the `allowed` dimensions (none given: all are)."""
-    from llmdoctor.models.doctor import DoctorConfig, local_folder
-
-    for argument in arguments:
-        trained_for = DoctorConfig.load(local_folder(argument.path)).dimension
-        if allowed and trained_for not in allowed:
+        if _SEVERAL.search(path) and not Path(path).exists():
+            raise UserError(f"{option}{text}: these are several doctors; give each by itself, as {option}PATH={factor}")
+        try:
+            beta = float(number) if sign else 1.0
+        except ValueError:
+            raise UserError(f"{option}{text}: {number!r} is no number; expected PATH={factor}") from None
+        if not path or not math.isfinite(beta):
+            raise UserError(f"{option}{text}: expected PATH={factor}, with a finite number {factor}")
+        if Path(path).exists():
+            return cls(path, beta)
+        if named := _NAMED.fullmatch(path):
+            return cls(named[2], beta, named[1])
+        name, _, rest = path.partition(":")
+        if rest and Path(rest).exists():
             raise UserError(
-                f"the doctor {argument.path} was trained for {trained_for!r}, not for {' or '.join(map(repr, allowed))}"
+                f"{option}{text}: a name has letters, digits, '.', '_' and '-' and begins with a letter, got {name!r}"
             )
+        return cls(path, beta)
+
+
+def check_doctors(arguments: Sequence[DoctorArgument], allowed: Sequence[str], form: str) -> dict[str, float]:
+    """Find out what is wrong with doctors before anything is loaded.
+
+    Args:
+        arguments: the doctors.
+        allowed: dimensions that they may be trained for; any if none is given.
+        form: how they guide.
+
+    Returns:
+        Each one's β by its name.
+
+    Raises:
+        UserError: no doctor there, one that is not whole or was trained for something else, two of one name, dimensions
+            without a doctor, or an unknown form.
+    """
+    from llmdoctor.decoding.guides import FORMS
+    from llmdoctor.models.doctor import DoctorConfig, check_whole, local_folder
+
+    if form not in FORMS:
+        raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if allowed and not arguments:
+        raise UserError("--dimension says what a doctor must be trained for; give --doctor PATH=BETA, too")
+    betas: dict[str, float] = {}
+    for argument in arguments:
+        folder = local_folder(argument.path)
+        config = DoctorConfig.load(folder)
+        check_whole(folder, config)
+        if allowed and config.dimension not in allowed:
+            raise UserError(
+                f"the doctor {argument.path} was trained for {config.dimension!r}, not for "
+                f"{' or '.join(map(repr, allowed))}"
+            )
+        name = argument.name or config.dimension or Path(argument.path).name
+        if name in betas:
+            raise UserError(f"two doctors are named {name!r}; name one of them: --doctor NAME:PATH=BETA")
+        betas[name] = argument.beta
+    return betas
 
 
 def load_doctors(
@@ -85,8 +131,6 @@ def load_doctors(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        if guide.name in betas:
-            raise UserError(f"two doctors are named {guide.name!r}; name one of them: --doctor NAME:PATH=BETA")
         guides.append(guide)
         betas[guide.name] = argument.beta
     return guides, betas

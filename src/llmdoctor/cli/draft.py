@@ -17,6 +17,7 @@ from llmdoctor.cli.options import (
     Dtype,
     Patient,
     TrustRemoteCode,
+    check_output,
     load,
     next_command,
 )
@@ -47,13 +48,18 @@ def draft(
 
     Example: llmdoctor draft -o runs/draft
     """
+    check_output(output, folder=True)
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
     from llmdoctor.cli.training_callback import distilling
+    from llmdoctor.models.draft import CONFIG_NAME
+    from llmdoctor.shrink.distil import check_place, check_prompts
     from llmdoctor.shrink.drafter import DraftOptions, make_draft
 
     chosen = DraftOptions(**options, **training)
+    check_place(output / CONFIG_NAME, "a draft model")
+    check_prompts(len(questions), chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     with distilling(run, output, chosen.tokens) as observers:
         record = make_draft(model, questions, output, options=chosen, **observers)

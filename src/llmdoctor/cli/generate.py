@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.doctors import DoctorArgument, check_dimensions, load_doctors, say_translations, say_unmapped
+from llmdoctor.cli.doctors import DoctorArgument, check_doctors, load_doctors, say_translations, say_unmapped
 from llmdoctor.cli.options import (
     DEFAULT_PATIENT,
     SAMPLING,
@@ -29,10 +29,11 @@ from llmdoctor.cli.options import (
     Stop,
     System,
     TrustRemoteCode,
+    check_drafter,
     load,
     load_drafter,
 )
-from llmdoctor.cli.results import ResultFile
+from llmdoctor.cli.results import ResultFile, check_target
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.files import digest, sha256_file
@@ -104,7 +105,7 @@ def generate(
     best_of: _BestOf = 1,
     readout: _Readout = None,
     draft: Draft = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts decoded together.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -125,13 +126,25 @@ def generate(
         raise UserError("--prompts and --output belong together")
     if prompts is not None and output is not None and Path(prompts).resolve() == output.resolve():
         raise UserError(f"{output} holds the prompts, and would be written over; give the answers a file of their own")
+    if prompts is None and (overwrite or limit is not None):
+        raise UserError("--limit and --overwrite are of --prompts FILE; leave them out with one PROMPT")
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty")
     params = SamplingParams(**sampling, stop=tuple(stop))
+    # Refuses an α that is no number.
+    Request((), alpha, onset=onset)
+    if output is not None:
+        check_target(output, overwrite)
     arguments = [DoctorArgument.parse(text) for text in doctor]
-    readout = _readout_of(best_of, readout, arguments)
     questions = _questions(prompts, limit) if prompts else []
-    check_dimensions(arguments, dimension)
+    betas = check_doctors(arguments, dimension, form)
+    readout = _readout_of(best_of, readout, arguments, params)
+    check_drafter(draft)
+    mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system, **({"onset": onset} if onset else {})}
+    how = (questions, arguments, sampling | {"stop": stop})
+    if output is not None and readout is None and not overwrite:
+        # All but the patient is known before that one is loaded.
+        ResultFile(output, _recipe(None, mixture, *how)).check()
     model = load(run, patient, dtype, device, trust_remote_code)
     guides, betas = load_doctors(
         run, arguments, model, form=form, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -146,12 +159,9 @@ def generate(
         _answer_one(run, decoder, asked, judge, best_of)
         say_unmapped(run, decoder.tally.unmapped_mass, decoder.tally.first_piece_share)
         return
-    mixture = {"alpha": alpha, "betas": betas, "form": form, "system": system}
-    if onset:
-        mixture |= {"onset": onset}
     if judge is not None:
         mixture |= {"best_of": best_of, "readout": digest(judge.weights.tolist())}
-    recipe = _recipe(model.fingerprint, model.spec, questions, arguments, mixture, sampling | {"stop": stop})
+    recipe = _recipe(model, mixture, *how)
     requests = [
         Request(_with_system(question, system), alpha, betas, _seeded(params, question.id), question.id, onset)
         for question in questions
@@ -193,17 +203,24 @@ def _commands(letter: str) -> bool:
     )
 
 
-def _readout_of(best_of: int, readout: Path | None, doctors: Sequence[DoctorArgument]) -> Path | None:
+def _readout_of(
+    best_of: int, readout: Path | None, doctors: Sequence[DoctorArgument], sampling: SamplingParams
+) -> Path | None:
     """The folder of the judge of `--best-of`: the one given, or the one that rounds left in a doctor's folder."""
     if best_of < 1:
         raise UserError(f"--best-of must be at least 1 answer, got {best_of}")
     if readout is not None and best_of == 1:
         raise UserError(f"--readout chooses among the answers of --best-of N with N above 1, got --best-of {best_of}")
-    if best_of == 1 or readout is not None:
-        return readout
+    if best_of == 1:
+        return None
+    if sampling.temperature == 0:
+        raise UserError(f"--best-of {best_of} draws samples, so the temperature must be above 0")
     from llmdoctor.models.doctor import READOUT_FOLDER, local_folder
-    from llmdoctor.rewards.readout import CONFIG_NAME
+    from llmdoctor.rewards.readout import CONFIG_NAME, read_record
 
+    if readout is not None:
+        read_record(readout)
+        return readout
     folders = [local_folder(doctor.path) / READOUT_FOLDER for doctor in doctors]
     found = [folder for folder in folders if (folder / CONFIG_NAME).is_file()]
     if len(found) != 1:
@@ -250,27 +267,31 @@ def _seeded(params: SamplingParams, name: str) -> SamplingParams:
 
 
 def _recipe(
-    fingerprint: dict[str, str],
-    patient: str,
+    patient: LoadedModel | None,
+    mixture: dict[str, Any],
     prompts: Sequence[Prompt],
     doctors: Sequence[DoctorArgument],
-    mixture: dict[str, Any],
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
-    return {
-        "patient": patient,
-        "doctors": [argument.path for argument in doctors],
-        "mixture": mixture,
-        "sampling": sampling,
+    """How answers are made; without a patient, all that is known before it is loaded."""
+    recipe: dict[str, Any] = {
         "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
+        "settings": {
+            "doctors": {"doctors": [argument.path for argument in doctors]},
+            "mixture": mixture,
+            "sampling": sampling,
+        },
         "fingerprint": {
-            "patient": digest(fingerprint),
             "doctors": digest([_weights(argument) for argument in doctors]),
             "mixture": digest(mixture),
             "sampling": digest(sampling),
             "prompts": digest([[prompt.id, list(prompt.messages)] for prompt in prompts]),
         },
     }
+    if patient is not None:
+        recipe["settings"]["patient"] = {"patient": patient.spec, **patient.fingerprint}
+        recipe["fingerprint"]["patient"] = digest(patient.fingerprint)
+    return recipe
 
 
 def _weights(argument: DoctorArgument) -> list[str]:

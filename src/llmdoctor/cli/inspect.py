@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmdoctor.cli.command import Run, command
-from llmdoctor.cli.options import Device, Dtype, FacesFile, TrustRemoteCode, load, next_command
+from llmdoctor.cli.options import Device, Dtype, FacesFile, TrustRemoteCode, check_output, load, next_command
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def inspect(
 
     store = RewardStore.open(folder)
     page = output or folder / "inspection.html"
+    check_output(page, folder=False)
     measured = None
     if agreement:
         faces = _paraphrases(store, faces_file)
@@ -96,7 +97,7 @@ def _measure(run: Run, store: RewardStore, model: Any, faces: list[FacePair], pa
     from llmdoctor.evaluation.agreement import face_agreement
 
     rows = list(store.rows(limit=pairs))
-    with run.progress.step("comparing faces", len(rows) * len(faces), "pairs") as step:
+    with run.progress.step("comparing faces", len(rows) * len(faces), "readings of a pair") as step:
         return face_agreement(
             model, store, rows, faces, tau=store.manifest["reward_options"]["tau"], progress=step.advance
         )

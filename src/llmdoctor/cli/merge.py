@@ -38,7 +38,7 @@ def merge(
 
     Example: llmdoctor merge runs/helpful=1 runs/harmless=0.5 -o runs/mixed
     """
-    parts = [DoctorArgument.parse(text) for text in doctors]
+    parts = [_part(text) for text in doctors]
     if (output / "checkpoints").is_dir():
         raise UserError(f"{output} holds a doctor's training; give the new one a folder of its own")
     check_replaceable(output, "doctor", "doctor.json", overwrite)
@@ -51,3 +51,10 @@ def merge(
     named = f" for {made.dimension}" if made.dimension else ""
     run.say(f"{len(parts)} doctors are one{named}, in {output}")
     next_command(run, "generate", "PROMPT", "--patient", made.base, "--doctor", f"{output}=1")
+
+
+def _part(text: str) -> DoctorArgument:
+    part = DoctorArgument.parse(text, option="", factor="WEIGHT")
+    if part.name is not None:
+        raise UserError(f"{text}: what is merged goes by no name; expected DOCTOR=WEIGHT, --dimension names the whole")
+    return part

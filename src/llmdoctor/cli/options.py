@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -137,12 +138,16 @@ def load_drafter(run: Run, folder: Path | None, patient: LoadedModel) -> DraftMo
     """What `--draft` names, if it is given."""
     if folder is None:
         return None
-    if str(folder) == DOCTORS and not folder.is_dir():
+    if _means_doctors(folder):
         return DOCTORS
     run.progress.say(f"loading the draft model {folder}")
     from llmdoctor.models.draft import load_draft
 
     return load_draft(folder, patient)
+
+
+def _means_doctors(draft: Path) -> bool:
+    return str(draft) == DOCTORS and not draft.is_dir()
 
 
 def choose_faces(dimension: str, path: Path | None, paraphrase: int) -> FacePair:
@@ -153,6 +158,28 @@ def choose_faces(dimension: str, path: Path | None, paraphrase: int) -> FacePair
     if not 1 <= paraphrase <= len(found):
         raise UserError(f"{dimension} has {len(found)} pairs of faces, so there is no paraphrase {paraphrase}")
     return found[paraphrase - 1]
+
+
+def check_drafter(folder: Path | None) -> None:
+    """UserError where `--draft` names what is no draft model, which can be told before a patient is loaded."""
+    if folder is None or _means_doctors(folder):
+        return
+    from llmdoctor.models.draft import read_record
+
+    read_record(folder)
+
+
+def check_output(output: Path, *, folder: bool) -> None:
+    """UserError where no folder (or no file) can be written, so that it is told before anything that takes long."""
+    if output.exists() and output.is_dir() != folder:
+        is_one, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"{output} is a {is_one}; give a {wanted} for the output")
+    place = output.absolute()
+    holder = next(path for path in ((place, *place.parents) if folder else place.parents) if path.exists())
+    if not holder.is_dir():
+        raise UserError(f"cannot use {output}: {holder} is a file; give another output")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot use {output}: nothing can be written to {holder}; give another output")
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:

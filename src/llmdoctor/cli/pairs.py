@@ -18,6 +18,7 @@ from llmdoctor.cli.options import (
     Paraphrase,
     Patient,
     TrustRemoteCode,
+    check_output,
     choose_faces,
     load,
     next_command,
@@ -83,18 +84,25 @@ def pairs(
     if not faces and (faces_file is not None or paraphrase != 1):
         raise UserError("--faces-file and --paraphrase say which faces are meant by --faces DIMENSION; give that, too")
     refuse_existing(output, overwrite)
+    check_output(output, folder=False)
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
-    from llmdoctor.evaluation.scorers import get_scorer
+    from llmdoctor.evaluation.scorers import Scorer, get_scorer
 
     judge = choose_faces(faces, faces_file, paraphrase) if faces else get_scorer(scorer or "vader")
-    from llmdoctor.pairs.make import PairOptions, make_pairs
+    if isinstance(judge, Scorer):
+        # One that cannot score is told now, not when the first answers are there.
+        judge(["Hello."])
+    from llmdoctor.pairs.make import PairOptions, check_wanted, make_pairs
 
     chosen = PairOptions(**options)
+    check_wanted(output, questions, judge, chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Answered prompts are kept in {output}.parts; the same command goes on from there."
-    with run.progress.step("answering", len(questions), "prompts") as step:
+    # Nobody knows how many prompts it takes to make so many pairs.
+    total = len(questions) if chosen.limit is None else None
+    with run.progress.step("answering", total, "prompts") as step:
         recipe = make_pairs(model, questions, output, judge=judge, options=chosen, progress=step.advance)
     run.say(
         f"{recipe['pairs']} pairs of {recipe['prompts']} prompts are in {output}, how they were made in "

@@ -16,6 +16,7 @@ from llmdoctor.cli.options import (
     Overwrite,
     Patient,
     TrustRemoteCode,
+    check_output,
     check_replaceable,
     load,
     next_command,
@@ -46,14 +47,17 @@ def readout(
 
     Example: llmdoctor readout --pairs my-pairs.jsonl -o runs/readout
     """
+    check_output(output, folder=True)
+    check_replaceable(output, "read-out", "readout.json", overwrite)
     from llmdoctor.data.preferences import load_preferences
 
     source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
     total = count_pairs(run, source)
     from llmdoctor.evaluation.formatting import count, duration, percent_of
-    from llmdoctor.rewards.readout import fit_readout
+    from llmdoctor.rewards.readout import check_folds, fit_readout
 
-    check_replaceable(output, "read-out", "readout.json", overwrite)
+    if total is not None:
+        check_folds(folds, total)
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = "Nothing is kept of a read-out that was cut."
     start = time.perf_counter()
@@ -66,4 +70,5 @@ def readout(
         f"{percent_of(found.fit.accuracy, found.fit.pairs, 1)} of the pairs left out are ranked right, {took}"
     )
     run.say(f"the read-out is in {output}")
-    next_command(run, "generate", "PROMPT", "--best-of", 8, "--readout", output)
+    asked = [] if patient == DEFAULT_PATIENT else ["--patient", patient]
+    next_command(run, "generate", "PROMPT", *asked, "--best-of", 8, "--readout", output)

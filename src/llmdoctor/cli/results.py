@@ -6,10 +6,21 @@ import json
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from llmdoctor.cli.options import check_output
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import write_json, write_text
 
 SCHEMA_VERSION = 1
+_REMEDY = "Give another output, or --overwrite to replace it."
+
+
+def check_target(target: Path, overwrite: bool = False) -> None:
+    """UserError where no rows can be written to `target`: a folder, a closed place, or a file of something else's."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; the answers need a file, such as {target / 'answers.jsonl'}")
+    check_output(target, folder=False)
+    if target.exists() and not overwrite and not _recipe_of(target).is_file():
+        raise UserError(f"{target} is there already, made by something else. {_REMEDY}")
 
 
 class ResultFile:
@@ -17,7 +28,8 @@ class ResultFile:
 
     Args:
         target: the finished file; `NAME.recipe.json` beside it says how it was made.
-        recipe: how the rows are made; its `fingerprint` decides whether rows of an earlier run belong to this one.
+        recipe: how the rows are made; its `fingerprint` decides whether rows of an earlier run belong to this one, and
+            its `settings` say what stands behind some of that.
 
     Raises:
         FingerprintMismatch: the finished file, or the rows of an unfinished run, were made in another way.
@@ -25,12 +37,11 @@ class ResultFile:
     """
 
     def __init__(self, target: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder; the answers need a file, such as {target / 'answers.jsonl'}")
+        check_target(target, overwrite)
         self.target = target
         self.recipe = {"schema_version": SCHEMA_VERSION, **recipe}
         self.partial = target.with_name(f"{target.name}.partial")
-        self.recipe_path = target.with_name(f"{target.name}.recipe.json")
+        self.recipe_path = _recipe_of(target)
         self.rows: dict[int, dict[str, Any]] = {}
         if overwrite:
             self.partial.unlink(missing_ok=True)
@@ -46,8 +57,12 @@ class ResultFile:
         # A kill may have cut the last line.
         self._handle.truncate(good)
         if good == 0:
-            self._append(self.recipe["fingerprint"])
+            self._append({name: self.recipe[name] for name in ("fingerprint", "settings") if name in self.recipe})
         return self
+
+    def check(self) -> None:
+        """Only compare, also with a recipe that lacks what is not known yet; FingerprintMismatch as above."""
+        self._read_partial()
 
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:
@@ -87,21 +102,30 @@ class ResultFile:
             entries = [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
             raise UserError(f"{self.partial} is damaged ({error}); delete it to start anew") from error
-        self._compare(self.partial, entries[0], "Delete that file to start anew, or give another output.")
+        # Former versions wrote the fingerprint alone.
+        made_of = entries[0] if "fingerprint" in entries[0] else {"fingerprint": entries[0]}
+        self._compare(self.partial, made_of, "Delete that file to start anew, or give another output.")
         self.rows = {entry["number"]: entry["row"] for entry in entries[1:]}
         return good
 
     def _check_finished(self) -> None:
-        remedy = "Give another output, or --overwrite to replace it."
-        if not self.recipe_path.is_file():
-            raise UserError(f"{self.target} is there already, made by something else. {remedy}")
-        stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))
-        self._compare(self.target, stored["fingerprint"], remedy)
+        try:
+            stored = json.loads(self.recipe_path.read_text(encoding="utf-8"))
+            dict(stored["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.recipe_path} is broken ({error!r}). {_REMEDY}") from error
+        self._compare(self.target, stored, _REMEDY)
 
-    def _compare(self, path: Path, stored: dict[str, str], remedy: str) -> None:
-        current = self.recipe["fingerprint"]
-        if stored != current:
-            raise FingerprintMismatch(str(path), stored, current, remedy)
+    def _compare(self, path: Path, stored: dict[str, Any], remedy: str) -> None:
+        now = self.recipe["fingerprint"]
+        was = {name: value for name, value in stored["fingerprint"].items() if name in now}
+        if was != now:
+            settings = stored.get("settings"), self.recipe.get("settings")
+            raise FingerprintMismatch(str(path), was, now, remedy, *settings)
+
+
+def _recipe_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.recipe.json")
 
 
 def _line(value: Any) -> str:

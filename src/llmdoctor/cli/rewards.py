@@ -18,6 +18,7 @@ from llmdoctor.cli.options import (
     Paraphrase,
     Patient,
     TrustRemoteCode,
+    check_output,
     choose_faces,
     load,
     next_command,
@@ -104,13 +105,15 @@ def rewards(
     Example: llmdoctor rewards --pairs my-pairs.jsonl --faces helpful -o runs/rewards
     """
     pair_of_faces = choose_faces(faces, faces_file, paraphrase)
+    check_output(output, folder=True)
     from llmdoctor.data.preferences import load_preferences
 
     source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
-    total = count_pairs(run, source)
-    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards
+    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards, check_settings
 
     scoring, rewarding = ScoringOptions(**scoring_options), RewardOptions(**reward_options)
+    check_settings(output, pair_of_faces, scoring, rewarding, rescore)
+    total = count_pairs(run, source)
     resumed = any((output / "logps").glob("*.parquet"))
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Scored pairs are kept in {output}; the same command goes on from there."

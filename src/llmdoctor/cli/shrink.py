@@ -17,6 +17,7 @@ from llmdoctor.cli.options import (
     Dtype,
     Patient,
     TrustRemoteCode,
+    check_output,
     load,
     next_command,
 )
@@ -46,14 +47,18 @@ def shrink(
 
     Example: llmdoctor shrink -o runs/small
     """
+    check_output(output, folder=True)
     from llmdoctor.data.prompts import load_prompts
 
     questions = load_prompts(prompts)
     from llmdoctor.cli.training_callback import distilling
-    from llmdoctor.shrink.make import ShrinkOptions
+    from llmdoctor.shrink.distil import check_place, check_prompts
+    from llmdoctor.shrink.make import RECORD_NAME, ShrinkOptions
     from llmdoctor.shrink.make import shrink as make_small
 
     chosen = ShrinkOptions(**options, **training)
+    check_place(output / RECORD_NAME, "a shrunk model")
+    check_prompts(len(questions), chosen)
     model = load(run, patient, dtype, device, trust_remote_code)
     with distilling(run, output, chosen.tokens) as observers:
         record = make_small(model, questions, output, options=chosen, **observers)

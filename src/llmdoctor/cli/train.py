@@ -10,10 +10,11 @@ import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
-from llmdoctor.cli.options import Device, Dtype, TrustRemoteCode, load, next_command
+from llmdoctor.cli.options import Device, Dtype, TrustRemoteCode, check_output, load, next_command
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
+    from llmdoctor.models.loading import LoadedModel
     from llmdoctor.rewards.store import RewardStore
     from llmdoctor.tfpo.config import TFPOConfig
 
@@ -98,24 +99,29 @@ def train(
     made_with = str(store.manifest["faces"]["name"])
     if faces is not None and faces not in (made_with, made_with.partition("#")[0]):
         raise UserError(f"the rewards in {rewards} were made with the faces {made_with!r}, not {faces!r}")
+    check_output(output, folder=True)
     from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.models.loading import resolve_device, resolve_dtype
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
-    from llmdoctor.tfpo.train import train_doctor
+    from llmdoctor.tfpo.train import check_training, train_doctor
 
     options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
-    model = load(run, base or store.manifest["patient"], dtype, device, trust_remote_code)
-    patient = load(run, store.manifest["patient"], dtype, device, trust_remote_code) if rounds.rounds else None
+    resolve_dtype(dtype, resolve_device(device))
     config = _config(
         output_dir=str(output),
         disable_tqdm=True,
-        use_cpu=model.model.device.type == "cpu",
+        use_cpu=resolve_device(device) == "cpu",
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_steps=max_steps,
         seed=seed,
         **objective,
         **training,
     )
+    check_training(store, config, options, rounds)
+    how = (dtype, device, trust_remote_code)
+    model = _patient(run, store, *how) if base is None else load(run, base, *how)
+    patient = _patient(run, store, *how) if rounds.rounds else None
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
     with quiet_training(run.verbose):
         train_doctor(
@@ -132,6 +138,14 @@ def train(
         )
     run.progress.close()
     _summarise(run, store, output)
+
+
+def _patient(run: Run, store: RewardStore, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel:
+    """The patient that made the rewards; an error says whose it is."""
+    try:
+        return load(run, store.manifest["patient"], dtype, device, trust_remote_code)
+    except UserError as error:
+        raise UserError(f"the patient that made the rewards in {store.folder}, as it was called: {error}") from error
 
 
 def _config(**settings: Any) -> TFPOConfig:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import UserError, first_line
 from llmdoctor.evaluation.metrics import Floats
 from llmdoctor.evaluation.own_code import own_function
 
@@ -56,8 +56,11 @@ def unit_vectors(embedder: Embedder, texts: Sequence[str]) -> Floats:
     """
     try:
         vectors = np.asarray(embedder(texts), dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the embedder did not return an array of numbers for {len(texts)} texts: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"the embedder did not return an array of numbers for {len(texts)} texts ({type(error).__name__}: "
+            f"{first_line(error)})"
+        ) from error
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise UserError(f"the embedder returned shape {vectors.shape} for {len(texts)} texts, expected one row a text")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

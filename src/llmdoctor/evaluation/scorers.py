@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import UserError, first_line
 from llmdoctor.evaluation.metrics import words
 from llmdoctor.evaluation.own_code import own_function
 
@@ -37,7 +37,15 @@ class Scorer:
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """Score each text. Raises UserError unless the function gives one finite number a text."""
-        scores = [float(score) for score in self.function(texts)]
+        try:
+            scores = [float(score) for score in self.function(texts)]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"scorer {self.name!r} failed on {len(texts)} texts ({type(error).__name__}: {first_line(error)}); "
+                "--debug shows where"
+            ) from error
         if len(scores) != len(texts):
             raise UserError(f"scorer {self.name!r} returned {len(scores)} scores for {len(texts)} texts")
         bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)

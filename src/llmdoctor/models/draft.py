@@ -162,6 +162,21 @@ def save_draft(draft: DraftModel, patient: LoadedModel, record: Mapping[str, Any
     return whole
 
 
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What the `draft.json` in a draft model's folder says; UserError where there is none, or one that is broken."""
+    config_path = Path(path).expanduser() / CONFIG_NAME
+    if not config_path.is_file():
+        raise UserError(f"{path} is not a draft model: it has no {CONFIG_NAME} (make one with `llmdoctor draft`)")
+    try:
+        record: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        schema, _, _ = record["schema_version"], dict(record["patient_fingerprint"]), record["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path} is broken ({error!r}); make the draft model anew") from error
+    if schema != SCHEMA_VERSION:
+        raise UserError(f"{config_path} has schema version {schema}; this version of llmdoctor reads {SCHEMA_VERSION}")
+    return record
+
+
 def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
     """A draft model's folder as a drafter for `patient`, on its device and in its dtype.
 
@@ -169,16 +184,8 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
         UserError: no draft model there, or one of another patient.
     """
     folder = Path(path).expanduser()
-    config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        raise UserError(f"{path} is not a draft model: it has no {CONFIG_NAME} (make one with `llmdoctor draft`)")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        schema, made_for, layers = config["schema_version"], dict(config["patient_fingerprint"]), config["layers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path} is broken ({error!r}); make the draft model anew") from error
-    if schema != SCHEMA_VERSION:
-        raise UserError(f"{config_path} has schema version {schema}; this version of llmdoctor reads {SCHEMA_VERSION}")
+    config = read_record(path)
+    made_for, layers = config["patient_fingerprint"], config["layers"]
     for name in ("model", "tokenizer"):
         if made_for.get(name) != patient.fingerprint.get(name):
             raise UserError(
@@ -187,7 +194,7 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
             )
     total = len(decoder_layers(patient.model))
     if not (isinstance(layers, list) and layers and all(type(layer) is int and 0 <= layer < total for layer in layers)):
-        raise UserError(f"{config_path} is broken: layers are {layers!r}; make the draft model anew")
+        raise UserError(f"{folder / CONFIG_NAME} is broken: layers are {layers!r}; make the draft model anew")
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
         vocabulary = tensors.pop("vocabulary").long()

@@ -64,7 +64,7 @@ class _Source:
 
 
 def load_model(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -75,13 +75,15 @@ def load_model(
     """Load a causal language model and freeze it; should it be trained nevertheless, it has no dropout.
 
     `spec` is `builtin:NAME`, a folder, a `.gguf` file or a hub id, of which `@` or `revision` may name a branch, tag or
-    commit: `owner/name@v1` is also what the model goes by then, so that whatever was made with it finds it again.
+    commit: `owner/name@v1` is also what the model goes by then, so that whatever was made with it finds it again. For
+    the same reason a folder or file here goes by its whole path.
     Weights are read from safetensors or GGUF only. `dtype` is `auto`, `bfloat16`, `float16` or `float32`; `auto` means
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
     `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
     """
-    target = _resolve_device(device)
-    torch_dtype = _resolve_dtype(dtype, target)
+    spec = os.fspath(spec)
+    target = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
     source = _locate(spec, revision)
     with nullcontext() if verbose else builtin.quiet_transformers():
         if source.is_gguf:
@@ -99,7 +101,7 @@ def load_model(
         "template": template_fingerprint(tokenizer),
         "dtype": str(torch_dtype).removeprefix("torch."),
     }
-    pinned = spec if revision is None else f"{spec}@{revision}"
+    pinned = _from_anywhere(spec) if revision is None else f"{spec}@{revision}"
     return LoadedModel(model=model, tokenizer=tokenizer, spec=pinned, fingerprint=fingerprint)
 
 
@@ -182,7 +184,8 @@ def _stored_weights_fingerprint(source: _Source) -> str:
     )
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here; any other as it is. UserError for one that is unknown or not there."""
     if device == "auto":
         if torch.cuda.is_available():
             # Each of torchrun's processes has a GPU of its own.
@@ -204,7 +207,8 @@ def _resolve_device(device: str) -> str:
     return device
 
 
-def _resolve_dtype(dtype: str, device: str) -> torch.dtype:
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of that name; what `auto` means on the device. UserError for an unknown one."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":
@@ -273,6 +277,12 @@ def _locate(spec: str, revision: str | None) -> _Source:
     )  # fmt: skip
     _check_folder(spec, snapshot)
     return _Source(snapshot, revision=snapshot.name)
+
+
+def _from_anywhere(spec: str) -> str:
+    """`spec` as it names the same model whatever the current folder."""
+    path = Path(spec).expanduser()
+    return spec if spec.startswith(BUILTIN_PREFIX) or not path.exists() else os.path.abspath(path)
 
 
 def _builtin_folder(name: str) -> Path:

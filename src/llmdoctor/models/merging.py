@@ -64,7 +64,7 @@ def merge_doctors(
             if ours != theirs:
                 raise UserError(
                     f"{folders[0]} is on {first.base} ({what} {ours}), {folder} on {config.base} ({what} {theirs}); "
-                    "only doctors on one base can be merged. Side by side they may still guide: give each as --doctor"
+                    "only doctors on one base can be merged. Side by side they may still guide one patient"
                 )
     names = list(dict.fromkeys(config.dimension for config in configs if config.dimension))
     merged = DoctorConfig(

@@ -29,12 +29,12 @@ from llmdoctor.models.loading import (
     _load_tokenizer,
     _locate,
     _prepare_tokenizer,
-    _resolve_device,
-    _resolve_dtype,
     _stored_weights_fingerprint,
     _unreadable_config,
     load_model,
     name_base,
+    resolve_device,
+    resolve_dtype,
     template_fingerprint,
     tokenizer_fingerprint,
 )
@@ -311,8 +311,8 @@ def _load_trained(folder: Path, base: LoadedModel | None, options: dict[str, Any
 
 
 def _load_plain(spec: str, dtype: str, device: str, trust_remote_code: bool, revision: str | None) -> RewardModel:
-    target = _resolve_device(device)
-    torch_dtype = _resolve_dtype(dtype, target)
+    target = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
     source = _locate(spec, revision)
     if source.is_gguf:
         raise UserError(f"{spec} is a GGUF file, which holds a language model; a reward model is a folder or a hub id")

@@ -17,13 +17,15 @@ from llmdoctor.data.preferences import PreferencePair, write_pairs
 from llmdoctor.data.prompts import Prompt
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Completion, Request, SamplingParams
-from llmdoctor.errors import UserError
+from llmdoctor.errors import Settings, UserError
 from llmdoctor.evaluation.scorers import Scorer
-from llmdoctor.files import claim, digest, write_json, write_text
+from llmdoctor.files import check_claim, claim, digest, write_json, write_text
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.rewards.faces import FacePair
 
 Progress = Callable[[int], None]
+
+_FIX = "Delete that folder, or give another output file."
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class PairOptions:
             raise UserError(f"samples must be at least 2 to have a best and a worst, got {self.samples}")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        # Checks the others.
+        SamplingParams(temperature=self.temperature, top_p=self.top_p)
         if self.min_gap < 0:
             raise UserError(f"min_gap must not be negative, got {self.min_gap}")
         if self.limit is not None and self.limit < 1:
@@ -90,13 +96,13 @@ def make_pairs(
     """
     options = options or PairOptions()
     target = Path(output)
-    if not target.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{target}: pairs are written as .jsonl or .jsonl.gz")
-    if not prompts:
-        raise UserError("there are no prompts to answer")
-    recipe = _recipe(patient, prompts, judge, options)
-    parts = target.with_name(f"{target.name}.parts")
-    claim(parts, recipe["fingerprint"], "Delete that folder, or give another output file.")
+    check_wanted(target, prompts, judge, options)
+    recipe = _recipe(prompts, judge, options)
+    recipe["patient"] = patient.spec
+    recipe["fingerprint"]["patient"] = digest(patient.fingerprint)
+    settings = {**_settings(judge, recipe), "patient": {"patient": patient.spec, **patient.fingerprint}}
+    parts = _parts_of(target)
+    claim(parts, recipe["fingerprint"], _FIX, settings)
     decoder = GuidedDecoder(patient, max_batch_size=options.batch_size)
     pairs: list[PreferencePair] = []
     answered = 0
@@ -121,9 +127,30 @@ def make_pairs(
     return recipe
 
 
-def _recipe(
-    patient: LoadedModel, prompts: Sequence[Prompt], judge: Scorer | FacePair, options: PairOptions
-) -> dict[str, Any]:
+def check_wanted(target: Path, prompts: Sequence[Prompt], judge: Scorer | FacePair, options: PairOptions) -> None:
+    """What `make_pairs` can refuse without a patient, with its errors: told before one is loaded."""
+    if not target.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{target}: pairs are written as .jsonl or .jsonl.gz")
+    if options.temperature == 0 and not isinstance(judge, FacePair):
+        raise UserError("temperature 0 gives every prompt the same answer each time, and no best and worst: raise it")
+    if not prompts:
+        raise UserError("there are no prompts to answer")
+    recipe = _recipe(prompts, judge, options)
+    check_claim(_parts_of(target), recipe["fingerprint"], _FIX, _settings(judge, recipe))
+
+
+def _parts_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.parts")
+
+
+def _settings(judge: Scorer | FacePair, recipe: dict[str, Any]) -> Settings:
+    """What stands behind the recipe's fingerprints; not the faces' whole texts."""
+    name = "faces" if isinstance(judge, FacePair) else "scorer"
+    return {"judge": {name: judge.name}, "options": recipe["options"]}
+
+
+def _recipe(prompts: Sequence[Prompt], judge: Scorer | FacePair, options: PairOptions) -> dict[str, Any]:
+    """How pairs are made, whoever the patient is."""
     settings = asdict(options)
     del settings["batch_size"]
     made_by = (
@@ -133,10 +160,8 @@ def _recipe(
     )
     return {
         **made_by,
-        "patient": patient.spec,
         "options": settings,
         "fingerprint": {
-            "patient": digest(patient.fingerprint),
             "prompts": digest([[prompt.id, list(prompt.messages)] for prompt in prompts]),
             "judge": digest(made_by),
             "options": digest(settings),

@@ -23,7 +23,7 @@ import torch
 
 from llmdoctor.data.chat import ChatEncoder, Completion
 from llmdoctor.data.preferences import PreferencePair
-from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.errors import FingerprintMismatch, Settings, UserError
 from llmdoctor.files import atomic_path, digest, write_json
 from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
@@ -40,9 +40,11 @@ from llmdoctor.rewards.store import (
     SIDES,
     RewardStore,
     read_manifest,
+    readable,
 )
 
 LOGPS_FOLDER = "logps"
+_ANEW = "Delete that file and give the same command again: its pairs are scored anew."
 
 Progress = Callable[[int], None]
 """Called with the number of pairs that were just finished."""
@@ -131,6 +133,8 @@ def acquire_rewards(
         FingerprintMismatch: `output` was made from another patient, data, faces or options.
         UserError: no pairs, or one that does not fit the patient's context.
     """
+    if not isinstance(faces, FacePair):
+        raise UserError(f"faces must be one pair of faces, such as face_pairs('positive')[0], got {faces!r:.80}")
     folder, scoring, rewards = Path(output), scoring or ScoringOptions(), rewards or RewardOptions()
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
     manifest = _prepare_manifest(folder, patient, encoder, faces, scoring, rewards, rescore)
@@ -169,30 +173,14 @@ def _prepare_manifest(
     rewards: RewardOptions,
     rescore: bool,
 ) -> dict[str, Any]:
-    fingerprint = {
-        **patient.fingerprint,
-        "template": encoder.fingerprint(),
-        "faces": faces.fingerprint(),
-        # As by default, whatever it is: what was made by default is still what it was.
-        "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
-    }
+    fingerprint = {**patient.fingerprint, "template": encoder.fingerprint(), **_fingerprint(faces, scoring)}
     stored = read_manifest(folder)
     # Where nothing was scored yet, nothing is lost: options that let nothing through may be mended.
     if stored is not None and not stored.get("complete") and not _any_scored(folder):
         shutil.rmtree(folder / LOGPS_FOLDER, ignore_errors=True)
         stored = None
     if stored is not None:
-        before = {key: value for key, value in stored["fingerprint"].items() if key != "data"}
-        if before != fingerprint:
-            raise FingerprintMismatch(str(folder), before, fingerprint, _FIX)
-        if stored["reward_options"] != asdict(rewards) and not rescore:
-            raise FingerprintMismatch(
-                str(folder),
-                {key: str(value) for key, value in stored["reward_options"].items()},
-                {key: str(value) for key, value in asdict(rewards).items()},
-                "Ask for `rescore` to recompute the rewards from the stored log-likelihoods (seconds), "
-                "or give another output folder.",
-            )
+        _compare(folder, stored, fingerprint, faces, scoring, rewards, rescore)
         if stored["reward_options"] == asdict(rewards):
             return stored
         manifest = {**stored, "reward_options": asdict(rewards), "complete": False}
@@ -211,8 +199,67 @@ def _prepare_manifest(
     return manifest
 
 
+def check_settings(
+    folder: Path, faces: FacePair, scoring: ScoringOptions, rewards: RewardOptions, rescore: bool = False
+) -> None:
+    """FingerprintMismatch as `acquire_rewards`, by what is known before a patient is loaded."""
+    stored = read_manifest(folder)
+    if stored is not None and (stored.get("complete") or _any_scored(folder)):
+        _compare(folder, stored, _fingerprint(faces, scoring), faces, scoring, rewards, rescore)
+
+
+def _fingerprint(faces: FacePair, scoring: ScoringOptions) -> dict[str, str]:
+    """Of all but the patient and the pairs."""
+    return {
+        "faces": faces.fingerprint(),
+        # As by default, whatever it is: what was made by default is still what it was.
+        "scoring": digest({**asdict(scoring), "batch_tokens": ScoringOptions.batch_tokens}),
+    }
+
+
+def _compare(
+    folder: Path,
+    stored: dict[str, Any],
+    fingerprint: dict[str, str],
+    faces: FacePair,
+    scoring: ScoringOptions,
+    rewards: RewardOptions,
+    rescore: bool,
+) -> None:
+    """FingerprintMismatch where the manifest `stored` is of other inputs, as far as `fingerprint` goes."""
+    before = {key: value for key, value in stored["fingerprint"].items() if key in fingerprint}
+    if before != fingerprint:
+        was = _settings(stored["faces"], stored["scoring_options"])
+        now = _settings(asdict(faces), asdict(scoring))
+        raise FingerprintMismatch(str(folder), before, fingerprint, _FIX, was, now)
+    if stored["reward_options"] != asdict(rewards) and not rescore:
+        raise FingerprintMismatch(
+            str(folder),
+            {key: str(value) for key, value in stored["reward_options"].items()},
+            {key: str(value) for key, value in asdict(rewards).items()},
+            "Ask for `rescore` (--rescore) to recompute the rewards from the stored log-likelihoods (seconds), "
+            "or give another output folder.",
+        )
+
+
+def _settings(faces: dict[str, Any], scoring: dict[str, Any]) -> Settings:
+    """What stands behind the fingerprints of faces and scoring; not their whole texts."""
+    decisive = {name: value for name, value in scoring.items() if name != "batch_tokens"}
+    return {"faces": {"faces": faces["name"]}, "scoring": decisive}
+
+
 def _any_scored(folder: Path) -> bool:
-    return any(pq.read_metadata(path).num_rows for path in (folder / LOGPS_FOLDER).glob("*.parquet"))
+    return any(_rows_in(path) for path in (folder / LOGPS_FOLDER).glob("*.parquet"))
+
+
+def _rows_in(path: Path) -> int:
+    with readable(path, _ANEW):
+        return int(pq.read_metadata(path).num_rows)
+
+
+def _read_shard(path: Path) -> pa.Table:
+    with readable(path, _ANEW):
+        return pq.read_table(path, schema=LOGPS_SCHEMA)
 
 
 @dataclass
@@ -249,10 +296,13 @@ class _ShardWriter:
         path = self.folder / f"{index:05d}.parquet"
         made_of = digest([_identity(pair) for _, pair in block])
         if path.is_file():
-            metadata = pq.read_schema(path).metadata or {}
+            with readable(path, _ANEW):
+                metadata = pq.read_schema(path).metadata or {}
             stored = metadata.get(b"made_of", b"").decode()
             if stored != made_of:
-                raise FingerprintMismatch(str(path), {"pairs": stored}, {"pairs": made_of}, _FIX)
+                others = f"Pairs {block[0][0] + 1} to {block[-1][0] + 1} are others (data, order, dimension or limit)"
+                fix = f"{others}. {_FIX}"
+                raise FingerprintMismatch(str(self.folder.parent), {"pairs": stored}, {"pairs": made_of}, fix)
             self.skipped += int(metadata.get(b"skipped", b"0"))
             progress(len(block))
             return made_of
@@ -335,7 +385,7 @@ class _ShardWriter:
 def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[str, Any]:
     """Importance and rewards of all shards into rewards.parquet, whole; returns counts for the manifest."""
     paths = [folder / LOGPS_FOLDER / f"{index:05d}.parquet" for index in range(shards)]
-    if not any(pq.read_metadata(path).num_rows for path in paths):
+    if not any(map(_rows_in, paths)):
         raise UserError("every pair was skipped, so there are no rewards; allow longer prompts")
     theta: float = options.theta
     if options.density is not None and options.density_over == "dataset":
@@ -343,7 +393,7 @@ def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[s
     pairs = tokens = kept = 0
     with atomic_path(folder / REWARDS_NAME) as temporary, pq.ParquetWriter(temporary, REWARDS_SCHEMA) as writer:
         for path in paths:
-            table = pq.read_table(path, schema=LOGPS_SCHEMA).replace_schema_metadata(None)
+            table = _read_shard(path).replace_schema_metadata(None)
             for sign, side in zip((1.0, -1.0), SIDES, strict=True):
                 importance, rewards = _score_side(table, side, sign, options, theta)
                 tokens += sum(len(row) for row in rewards)
@@ -377,7 +427,7 @@ def _dataset_threshold(paths: Sequence[Path], options: RewardOptions) -> float:
     """The θ that keeps the top `density` share of all tokens of the data set (4 bytes a token in memory)."""
     values: list[np.ndarray] = []
     for path in paths:
-        table = pq.read_table(path, schema=LOGPS_SCHEMA)
+        table = _read_shard(path)
         for sign, side in zip((1.0, -1.0), SIDES, strict=True):
             values.extend(_score_side(table, side, sign, RewardOptions(options.tau, theta=0.0), 0.0)[0])
     everything = torch.from_numpy(np.concatenate(values))[None]
@@ -385,9 +435,16 @@ def _dataset_threshold(paths: Sequence[Path], options: RewardOptions) -> float:
 
 
 def _blocks(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[tuple[int, PreferencePair]]]:
-    numbered = enumerate(pairs)
+    numbered = enumerate(_checked(pairs))
     while block := list(itertools.islice(numbered, size)):
         yield block
+
+
+def _checked(pairs: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
+    for pair in pairs:
+        if not isinstance(pair, PreferencePair):
+            raise UserError(f"pairs must be PreferencePairs, as load_preferences gives them, got {pair!r:.80}")
+        yield pair
 
 
 def _length_batches(items: Sequence[_Encoded], batch_tokens: int) -> Iterator[list[_Encoded]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -143,23 +144,34 @@ class Readout:
             FingerprintMismatch: it was fitted on another patient.
         """
         folder = Path(path)
-        if not (folder / CONFIG_NAME).is_file():
-            raise UserError(f"{folder} is not a read-out: it has no {CONFIG_NAME}")
-        try:
-            record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder / CONFIG_NAME} is not JSON: {error}") from error
-        if record.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{folder / CONFIG_NAME} has schema version {record.get('schema_version')}, this version of llmdoctor "
-                f"reads {SCHEMA_VERSION}"
-            )
+        record = read_record(folder)
         stored, current = record["patient_fingerprint"], _relevant(patient.fingerprint)
         if stored != current:
             raise FingerprintMismatch(str(folder), stored, current, "Fit a read-out on this patient.")
         fit = ReadoutFit(**record["fit"])
         fit = replace(fit, layers=tuple(fit.layers), ridges=tuple(fit.ridges))
-        return cls(patient, load_file(folder / WEIGHTS_NAME)["weights"], fit)
+        try:
+            weights = load_file(folder / WEIGHTS_NAME)["weights"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error}); fit the read-out anew") from error
+        return cls(patient, weights, fit)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the `readout.json` in a read-out's folder says; UserError where there is none, or one that is broken."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} is not a read-out: it has no {CONFIG_NAME} (fit one with `llmdoctor readout`)")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    schema = record.get("schema_version") if isinstance(record, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {schema}, this version of llmdoctor reads {SCHEMA_VERSION}")
+    if missing := {"patient_fingerprint", "fit"} - set(record):
+        raise UserError(f"{path} lacks the fields: {', '.join(sorted(missing))}; fit the read-out anew")
+    return record
 
 
 def fit_readout(
@@ -208,8 +220,7 @@ def fit_readout_to_ids(
     """`fit_readout` for pairs in the patient's ids: prompt, preferred answer, other answer."""
     rows = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
     count = len(pairs)
-    if folds < 2 or count < 2 * folds:
-        raise UserError(f"a read-out with {folds} folds needs at least 2 folds and 2 pairs in each, got {count} pairs")
+    check_folds(folds, count)
     depth = int(patient.model.config.get_text_config().num_hidden_layers)
     tried = sorted(set(layers if layers is not None else (round(depth * share) for share in DEPTHS)))
     if not tried or not ridges or tried[0] < 0 or tried[-1] > depth:
@@ -236,6 +247,12 @@ def fit_readout_to_ids(
     loss = float(softplus(-margins_of_all).mean())
     fit = ReadoutFit(tuple(tried), tuple(chosen), count, loss, accuracy)
     return Readout(patient, torch.stack(found) * sure, fit)
+
+
+def check_folds(folds: int, pairs: int) -> None:
+    """UserError where so many pairs cannot be left out in so many parts."""
+    if folds < 2 or pairs < 2 * folds:
+        raise UserError(f"a read-out with {folds} folds needs at least 2 folds and 2 pairs in each, got {pairs} pairs")
 
 
 def calibration(margins: Tensor) -> float:

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import UserError, first_line
 from llmdoctor.files import digest
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 REWARDS_NAME = "rewards.parquet"
+_ANEW = "Delete that file and run the same `llmdoctor rewards` again: it is made anew from what was scored, in seconds."
 SIDES = ("chosen", "rejected")
 
 _FLOATS = pa.list_(pa.float32())
@@ -64,7 +66,7 @@ class RewardStore:
         """Read a folder written by stage 1.
 
         Raises:
-            UserError: not such a folder, another schema, or a run that has not finished.
+            UserError: not such a folder, another schema, a run that has not finished, or a damaged file.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -72,6 +74,8 @@ class RewardStore:
             raise UserError(f"{folder} holds no token rewards: no {MANIFEST_NAME} (make them with `llmdoctor rewards`)")
         if not manifest.get("complete") or not (folder / REWARDS_NAME).is_file():
             raise UserError(f"{folder} is unfinished: run the same `llmdoctor rewards` again and it goes on")
+        with readable(folder / REWARDS_NAME, _ANEW):
+            pq.read_metadata(folder / REWARDS_NAME)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -83,20 +87,41 @@ class RewardStore:
         return {**self.manifest["fingerprint"], "rewards": digest(self.manifest["reward_options"])}
 
     def rows(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows in the order of the data, read in blocks."""
+        """Rows in the order of the data, read in blocks; UserError for a damaged file."""
         left = limit if limit is not None else len(self)
-        for batch in pq.ParquetFile(self.folder / REWARDS_NAME).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                if left <= 0:
-                    return
-                left -= 1
-                yield row
+        with readable(self.folder / REWARDS_NAME, _ANEW):
+            for batch in pq.ParquetFile(self.folder / REWARDS_NAME).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    if left <= 0:
+                        return
+                    left -= 1
+                    yield row
 
     def dataset(self) -> Any:
-        """The rewards as a `datasets.Dataset`."""
+        """The rewards as a `datasets.Dataset`; UserError for a damaged file."""
         from datasets import Dataset
+        from datasets.exceptions import DatasetGenerationError
 
-        return Dataset.from_parquet(str(self.folder / REWARDS_NAME))
+        with readable(self.folder / REWARDS_NAME, _ANEW):
+            try:
+                return Dataset.from_parquet(str(self.folder / REWARDS_NAME))
+            except DatasetGenerationError as error:
+                # It is raised in place of pyarrow's own.
+                raise (error.__cause__ or error) from None
+
+
+@contextmanager
+def readable(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what is wrong with a Parquet file that is read inside into one line for the user, with what to do."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}). {remedy}") from error
+    except OSError as error:
+        # pyarrow's own, which have no number, are of what it read.
+        if error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged ({first_line(error)}). {remedy}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

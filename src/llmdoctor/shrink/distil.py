@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmdoctor.data.prompts import Prompt
-from llmdoctor.errors import FingerprintMismatch, TrainingDiverged, UserError
+from llmdoctor.errors import FingerprintMismatch, Settings, TrainingDiverged, UserError
 from llmdoctor.files import digest
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
@@ -82,8 +82,7 @@ def fingerprint_of(
     patient: LoadedModel, prompts: Sequence[Prompt], options: DistilOptions, **chosen: Any
 ) -> dict[str, str]:
     """What a run is made from; `chosen` is what follows from patient and options. UserError for too few prompts."""
-    if len(prompts) <= options.held_out:
-        raise UserError(f"{len(prompts)} prompts leave none to learn from with held_out {options.held_out}")
+    check_prompts(len(prompts), options)
     return {
         "patient": digest(patient.fingerprint),
         "prompts": digest([[prompt.id, list(prompt.messages)] for prompt in prompts]),
@@ -91,17 +90,39 @@ def fingerprint_of(
     }
 
 
+def check_prompts(count: int, options: DistilOptions) -> None:
+    """UserError for too few prompts to learn from some and measure on others."""
+    if count <= options.held_out:
+        raise UserError(f"{count} prompts leave none to learn from with held_out {options.held_out}")
+
+
+def check_place(record_path: Path, kind: str) -> None:
+    """UserError where the folder of a record holds something else than `kind`, such as "a shrunk model"."""
+    output = record_path.parent
+    there = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    if there and not record_path.is_file():
+        raise UserError(f"{output} holds something else than {kind}; give {kind} a folder of its own")
+
+
 def parts_of(output: Path) -> Path:
     """Where an unfinished run keeps answers and checkpoints."""
     return output.with_name(f"{output.name}.parts")
 
 
-def finished_record(record_path: Path, fingerprint: dict[str, str], kind: str) -> dict[str, Any] | None:
+def settings_of(patient: LoadedModel, options: DistilOptions) -> Settings:
+    """What stands behind the fingerprints of `fingerprint_of`, as far as it is settings."""
+    return {"patient": {"patient": patient.spec, **patient.fingerprint}, "options": asdict(options)}
+
+
+def finished_record(
+    record_path: Path, fingerprint: dict[str, str], settings: Settings, kind: str
+) -> dict[str, Any] | None:
     """The record of a finished run of the same settings, or None where nothing is.
 
     Args:
         record_path: the file of it in the output folder.
         fingerprint: what the run is made from.
+        settings: those of `settings_of`.
         kind: what the folder should hold, such as "a shrunk model".
 
     Raises:
@@ -109,20 +130,18 @@ def finished_record(record_path: Path, fingerprint: dict[str, str], kind: str) -
         FingerprintMismatch: it is of another run.
     """
     output = record_path.parent
-    if not output.exists():
-        return None
+    check_place(record_path, kind)
     if not record_path.is_file():
-        if output.is_dir() and not any(output.iterdir()):
-            return None
-        raise UserError(f"{output} holds something else than {kind}; give {kind} a folder of its own")
+        return None
     try:
         record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
-        stored = record["fingerprint"]
+        stored, was = record["fingerprint"], {"options": record["options"]}
+        was["patient"] = {"patient": record["patient"], **record["patient_fingerprint"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record_path} is broken ({error!r}); delete {output}, or give another folder") from error
     if stored != fingerprint:
         raise FingerprintMismatch(
-            str(output), stored, fingerprint, "Delete that folder, or give another output folder."
+            str(output), stored, fingerprint, "Delete that folder, or give another output folder.", was, settings
         )
     # A run that was killed at its very end.
     shutil.rmtree(parts_of(output), ignore_errors=True)

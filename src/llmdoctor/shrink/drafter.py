@@ -36,6 +36,7 @@ from llmdoctor.shrink.distil import (
     in_dtype_of,
     parts_of,
     patient_head,
+    settings_of,
     to_measure,
     train,
 )
@@ -117,7 +118,8 @@ def make_draft(
         raise UserError(f"layers must be at most the {total} there are, got {options.layers}")
     layers = range(total - options.layers, total)
     fingerprint = fingerprint_of(patient, prompts, options)
-    finished = finished_record(output / CONFIG_NAME, fingerprint, "a draft model")
+    settings = settings_of(patient, options)
+    finished = finished_record(output / CONFIG_NAME, fingerprint, settings, "a draft model")
     if finished is not None:
         return finished
     # Refused before anything is drawn, not after hours.
@@ -131,7 +133,7 @@ def make_draft(
     need_one_gpu(patient.model)
     DraftModel.from_layers(patient.model, layers, torch.arange(1))
     parts = parts_of(output)
-    claim(parts, fingerprint, "Delete that folder, or give another output folder.")
+    claim(parts, fingerprint, "Delete that folder, or give another output folder.", settings)
     learned, held = draw_answers(patient, prompts, parts / "answers", options, progress)
     stops = ChatEncoder.for_model(patient.model, patient.tokenizer).stop_ids
     vocabulary = choose_vocabulary(learned, min(options.vocabulary, size), size, stops)

@@ -30,6 +30,7 @@ from llmdoctor.shrink.distil import (
     in_dtype_of,
     parts_of,
     patient_head,
+    settings_of,
     to_measure,
     train,
 )
@@ -96,7 +97,8 @@ def shrink(
     total = len(decoder_layers(patient.model))
     kept = parse_layers(options.keep, total) if options.keep is not None else choose_layers(total, options.layers)
     fingerprint = fingerprint_of(patient, prompts, options, kept=kept)
-    finished = finished_record(output / RECORD_NAME, fingerprint, "a shrunk model")
+    settings = settings_of(patient, options)
+    finished = finished_record(output / RECORD_NAME, fingerprint, settings, "a shrunk model")
     if finished is not None:
         return finished
     # Refused before anything is drawn, not after hours.
@@ -104,7 +106,7 @@ def shrink(
     small = keep_layers(patient.model, kept)
     head = patient_head(patient)
     parts = parts_of(output)
-    claim(parts, fingerprint, "Delete that folder, or give another output folder.")
+    claim(parts, fingerprint, "Delete that folder, or give another output folder.", settings)
     learned, held = draw_answers(patient, prompts, parts / "answers", options, progress)
     before = _measure(small, held, head)
     small.requires_grad_(True)

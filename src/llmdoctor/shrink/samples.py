@@ -92,7 +92,7 @@ class Sampler:
             name: of the files.
             prompts: what to answer.
             tokens: how many are wanted; the last block is whole. None is one answer to each.
-            progress: called with the number of tokens of each block.
+            progress: called with the number of tokens of each block, of the last one's with those still wanted.
 
         Raises:
             UserError: none of the prompts is answered with a single token.
@@ -110,7 +110,7 @@ class Sampler:
             size = sum(len(answer.completion_ids) for answer in found)
             total += size
             if progress:
-                progress(size)
+                progress(size if tokens is None else min(size, tokens - total + size))
             if tokens is not None and total >= tokens:
                 break
         if not total:

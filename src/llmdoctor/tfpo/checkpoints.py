@@ -34,13 +34,14 @@ def _is_json(path: Path) -> bool:
 
 
 def training_identity(config: DoctorConfig | RewardModelConfig) -> dict[str, Any]:
-    """What makes a training this one: fingerprints of its base, rewards and settings, and the settings themselves."""
+    """What makes a training this one: fingerprints of its base, rewards and settings, and what is behind them."""
     settings = decisive(config.training)
     return {
         "base": digest(config.base_fingerprint),
         "rewards": digest(config.rewards_fingerprint),
         "settings": digest(settings),
         "training": json.loads(json.dumps(settings)),
+        "base_fingerprint": dict(config.base_fingerprint),
     }
 
 
@@ -63,13 +64,11 @@ def check_same_training(
     was, now = ({name: side.get(name) for name in ("base", "rewards", "settings")} for side in (stored, current))
     if was == now:
         return
-    if "training" in stored and was["settings"] != now["settings"]:
-        # Fingerprints of settings tell nobody which one to change.
-        for side, names in ((was, stored), (now, current)):
-            del side["settings"]
-            side.update(names["training"])
-    sides = [{name: str(value) for name, value in side.items()} for side in (was, now)]
-    raise FingerprintMismatch(str(what), sides[0], sides[1], remedy)
+    before, after = ({name: str(value) for name, value in side.items()} for side in (was, now))
+    # Those of an older version have fewer of them.
+    behind = {"settings": "training", "base": "base_fingerprint"}
+    told = [{name: side[its] for name, its in behind.items() if its in side} for side in (stored, current)]
+    raise FingerprintMismatch(str(what), before, after, remedy, told[0], told[1])
 
 
 def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, resume: bool) -> Path | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+import torch
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-from llmdoctor.errors import UserError
+from llmdoctor.errors import UserError, first_line
 
 OBJECTIVES = ("subtb", "squared_error", "none")
 
@@ -184,6 +185,20 @@ class TFPOConfig(TrainingArguments):
                 "another one. Leave it out; of a LoRA doctor that state is small"
             )
         super().__post_init__()
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Some schedules want settings of their own, which transformers finds out when training begins."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        name, given = SchedulerType(self.lr_scheduler_type), self.lr_scheduler_kwargs
+        try:
+            get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=given)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"lr_scheduler_type {name.value} cannot be used with lr_scheduler_kwargs {given} "
+                f"({first_line(error)}): from Python give it what it needs there, or choose another, such as cosine, "
+                "linear or constant_with_warmup"
+            ) from error
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of warm-up; none where they would be all there are, and nothing would be learned."""

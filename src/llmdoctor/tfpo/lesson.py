@@ -252,11 +252,17 @@ def split_rows(rewards: RewardStore, eval_fraction: float) -> tuple[Any, Any | N
         UserError: none are left to train on.
     """
     dataset = rewards.dataset()
-    held_out = round(len(dataset) * eval_fraction)
+    held_out = held_out_pairs(len(dataset), eval_fraction)
     cut = len(dataset) - held_out
-    if cut < 1:
-        raise UserError(f"{len(dataset)} pairs leave none to train on with eval_fraction {eval_fraction}")
     return dataset.select(range(cut)), dataset.select(range(cut, len(dataset))) if held_out else None
+
+
+def held_out_pairs(pairs: int, eval_fraction: float) -> int:
+    """How many of the pairs are held out; UserError where none are left to train on."""
+    held_out = round(pairs * eval_fraction)
+    if held_out >= pairs:
+        raise UserError(f"{pairs} pairs leave none to train on with eval_fraction {eval_fraction}")
+    return held_out
 
 
 def need_room(base: LoadedModel, rewards: RewardStore, max_prompt_length: int | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback
 
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
@@ -17,13 +17,15 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import Lesson, Told, first_process, need_room, split_rows
+from llmdoctor.tfpo.lesson import Lesson, Told, first_process, held_out_pairs, need_room, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
 _OF_PAIRS = {"eta": "round_eta", "branch_coef": "round_branch_coef", "leaf_coef": "round_leaf_coef",
              "leaf_beta": "a round_leaf_coef with it", "value_coef": "", "value_margin": ""}  # fmt: skip
 """Settings of `TFPOConfig` that rounds do not go by, and what they go by instead."""
+
+_BY_HELD_OUT_LOSS = ("reduce_lr_on_plateau", "greedy")
 
 
 def train_doctor(
@@ -66,23 +68,21 @@ def train_doctor(
         The doctor's folder.
 
     Raises:
-        UserError: rewards in the doctor's own folder or of another tokenizer whose tokens are no bytes, too few pairs,
-            one that does not fit into the base's context, or a setting of `config` or `rounds` that nothing in this
-            training goes by.
+        UserError: a base that is the patient itself, rewards in the doctor's own folder or of another tokenizer whose
+            tokens are no bytes, too few pairs, one that does not fit into the base's context, or a setting of `config`
+            or `rounds` that nothing in this training goes by.
         FingerprintMismatch: the checkpoints there belong to other settings or rewards.
         TrainingDiverged: see `TFPOTrainer`.
     """
     options, rounds = options or DoctorOptions(), rounds or RoundOptions()
     need_one_gpu(base.model)
-    _check_heard(config, rounds)
-    output = Path(config.output_dir)
-    if rounds.rounds and not options.lora:
+    check_training(rewards, config, options, rounds)
+    if patient is not None and patient.model is base.model:
         raise UserError(
-            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
-            "are trained on the pairs"
+            "base and patient are one and the same model, and training changes the base: load it a second time, as "
+            f"load_model({base.spec!r})"
         )
-    if output.resolve() == rewards.folder.resolve():
-        raise UserError(f"{output} holds the token rewards; give the doctor a folder of its own")
+    output = Path(config.output_dir)
     carried = rewards_for(base, rewards)
     need_room(base, carried, config.max_prompt_length)
     train_set, held_out = split_rows(carried, options.eval_fraction)
@@ -98,6 +98,26 @@ def train_doctor(
     else:
         lesson.teach(rounds, output, resume)
     return output
+
+
+def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions) -> None:
+    """What `train_doctor` can refuse without a model, with its errors: told before one is loaded."""
+    _check_heard(config, rounds)
+    if rounds.rounds and not options.lora:
+        raise UserError(
+            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
+            "are trained on the pairs"
+        )
+    if Path(config.output_dir).resolve() == rewards.folder.resolve():
+        raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
+    held_out = held_out_pairs(len(rewards), options.eval_fraction)
+    schedule = SchedulerType(config.lr_scheduler_type).value
+    if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or not held_out):
+        why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
+        raise UserError(
+            f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
+            f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
+        )
 
 
 def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool) -> None:
