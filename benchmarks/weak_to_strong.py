@@ -29,13 +29,12 @@ from typing import Any
 
 from benchmarks.record import record
 from llmdoctor.bench.arena import Arena, ShardDone
+from llmdoctor.bench.chosen import Chosen, mixed_at_kl
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR_OF_PAIRS, DOCTOR_OF_ROUNDS, Contender
 from llmdoctor.bench.options import CONTROLLED_TASKS, BenchOptions, Shard, Task
 from llmdoctor.bench.points import Point
-from llmdoctor.bench.table import Chosen, mixed_at_kl
 from llmdoctor.cli.progress import Progress
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.shrink.make import RECORD_NAME
 
 
@@ -83,7 +82,8 @@ def named(contenders: Sequence[Contender]) -> Callable[[str], list[Contender]]:
 
 def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -> dict[str, Any]:
     doctor = mixed_at_kl(points, Chosen([opponent]))
-    result = matchup_from_outcomes(arena.outcomes(task, doctor.texts, Chosen([opponent]).texts))
+    contest = doctor.against(arena, task, Chosen([opponent]))
+    result = contest.matchup()
     return {
         "opponent": opponent.contender.name,
         "setting": dict(opponent.setting),
@@ -97,6 +97,7 @@ def comparison(arena: Arena, task: Task, points: list[Point], opponent: Point) -
         "win_plus_half_tie": result.win_plus_half_tie,
         "ci_low": result.ci_low,
         "ci_high": result.ci_high,
+        "by_seed": contest.by_seed,
         "prompts": result.prompts,
     }
 

@@ -14,6 +14,7 @@ from tests.tiny import some_pairs
 from llmdoctor.baselines.implicit import implicit_rewards
 from llmdoctor.bench.ablation import BETAS, VARIANTS, AblationRow, make_ablation, taken_from, variants_of
 from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.chosen import Chosen
 from llmdoctor.bench.held_out import (
     GUIDES,
     DynamicsRow,
@@ -26,7 +27,7 @@ from llmdoctor.bench.held_out import (
 from llmdoctor.bench.kit import READOUT, Kit
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, DOCTOR_OF_PAIRS, Contender, guided
 from llmdoctor.bench.options import BenchOptions, Task
-from llmdoctor.bench.table import Chosen, at_kl
+from llmdoctor.bench.table import at_kl
 from llmdoctor.data.preferences import write_pairs
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import load_model

@@ -128,7 +128,8 @@ def test_a_chat_judge_scores_by_outcomes_against_the_patient(
 def test_the_questions_are_told_before_they_are_asked(tiny_folder: Path, bench_sources: Path, tmp_path: Path) -> None:
     """First those of all scores, then those of the rows; Elo needs no more. A rerun tells that nothing is open.
 
-    Two methods beside LLMdoctor with two rows each, both orders, 6 prompts, 2 seeds: 2 · 2 · 2 · 12 = 96 later at most.
+    Two methods beside LLMdoctor with two rows each, of which one mixes two settings' answers, both orders, 6 prompts, 2
+    seeds: 2 · 3 · 2 · 12 = 144 later at most.
     """
     told: list[tuple[Asking, int]] = []
     with serving(Judging()) as server:
@@ -139,7 +140,7 @@ def test_the_questions_are_told_before_they_are_asked(tiny_folder: Path, bench_s
         (scores, before), (rows, between) = told
         assert (before, between) == (0, scores.estimate.uncached)
         assert len(server.bodies) == scores.estimate.uncached + rows.estimate.uncached
-        assert (scores.judge, scores.later, rows.later) == (tasks[0].judge, 96, 0)
+        assert (scores.judge, scores.later, rows.later) == (tasks[0].judge, 144, 0)
         assert rows.estimate.uncached <= scores.later
         assert scores.estimate.price is None
         report = arena.judge(arena.tasks[0]).report()
@@ -150,7 +151,7 @@ def test_the_questions_are_told_before_they_are_asked(tiny_folder: Path, bench_s
         make_table(again, ["greedy", "top_k"])
         make_frontier(again, ["greedy"])
         assert [asking.estimate.uncached for asking, _ in told[2:]] == [0, 0, 0]
-        assert [asking.later for asking, _ in told[2:]] == [96, 0, 0]
+        assert [asking.later for asking, _ in told[2:]] == [144, 0, 0]
 
 
 def test_without_consent_nothing_is_asked_and_the_answers_are_kept(

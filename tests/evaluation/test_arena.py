@@ -41,6 +41,33 @@ def test_one_seed_gives_the_figures_of_win_tie_loss():
     assert result.win_plus_half_tie == plain.win_plus_half_tie
 
 
+@pytest.mark.parametrize(("wins", "low"), [(320, 98.81), (1, 20.65)])
+def test_an_interval_knows_what_it_has_not_seen(wins, low):
+    """Wilson's for n of n wins begins at n / (n + z²), z² = 3.8415: 320 prompts might hide one in eighty, one tells
+    little. Every bootstrap sample of them is 100 %."""
+    result = matchup_from_outcomes(coins(wins, 0, seeds=3))
+    assert (result.ci_low, result.ci_high) == pytest.approx((low, 100.0), abs=0.01)
+    mirrored = matchup_from_outcomes(coins(0, wins, seeds=3))
+    assert (mirrored.ci_low, mirrored.ci_high) == pytest.approx((0.0, 100 - low), abs=0.01)
+
+
+def test_wilsons_interval_by_hand_and_where_the_bootstrap_takes_over():
+    """9 losses of 100: (0.91 + z²/200 ± z √(0.91 · 0.09 / 100 + z²/40,000)) / (1 + z²/100) = 83.77 … 95.19 %."""
+    result = matchup_from_outcomes(coins(91, 9))
+    assert (result.ci_low, result.ci_high) == pytest.approx((83.77, 95.19), abs=0.01)
+    result = matchup_from_outcomes(coins(90, 10))
+    assert (result.ci_low, result.ci_high) == pytest.approx(WinTieLoss(90, 0, 10).interval()[1:])
+
+
+def test_expected_outcomes_by_hand():
+    """¾ of a win and ¼ of a tie; half of either: 2 · (0.875 + 0.5) / 4 = 68.75 %; of four answers 2.5 wins (2 to the
+    nearest even number), ½ a tie, 1 loss."""
+    outcomes = {prompt: [0.875, 0.5] for prompt in "pq"}
+    result = matchup_from_outcomes(outcomes, {prompt: [0.25, 0.0] for prompt in "pq"})
+    assert result.win_plus_half_tie == pytest.approx(68.75)
+    assert (result.win, result.tie, result.loss) == (2, 1, 1)
+
+
 def test_repeating_a_prompts_seeds_adds_no_evidence():
     """Ten equal seeds of each of 40 prompts: interval, p and plan are those of the 40 prompts."""
     once, often = matchup_from_outcomes(coins(26, 14)), matchup_from_outcomes(coins(26, 14, seeds=10))
@@ -130,7 +157,7 @@ def test_score_interval_by_hand():
         (lambda: matchup({"p": [1.0]}, {"p": [math.nan]}), "second of prompt 'p' contains NaN"),
         (lambda: matchup({"p": [1.0]}, {"p": [1.0]}, margin=-1), "margin must not be negative"),
         (lambda: matchup({}, {}), "first holds no prompt"),
-        (lambda: matchup_from_outcomes({"p": [0.7]}), r"outcomes of prompt 'p' must be 1, 0.5 or 0, got \[0.7\]"),
+        (lambda: matchup_from_outcomes({"p": [1.1]}), r"outcomes of prompt 'p' must be from 0 to 1, got \[1.1\]"),
         (lambda: matchup_from_outcomes({"p": []}), "outcomes of prompt 'p' must be a non-empty"),
         (lambda: score_interval({}), "scores holds no prompt"),
     ],

@@ -110,7 +110,7 @@ def test_seeds_of_a_prompt_are_drawn_together():
         ({("a", "b"): games(1, 1)}, "c", "anchor 'c' is not among the methods: a, b"),
         ({("a", "a"): games(1, 1)}, "a", "'a' cannot play against itself"),
         ({("a", "b"): games(1, 1), ("c", "d"): games(1, 1)}, "a", "links c, d to the anchor 'a'"),
-        ({("a", "b"): {"p": [0.3]}}, "a", "outcomes of 'a' against 'b' of prompt 'p' must be 1, 0.5 or 0"),
+        ({("a", "b"): {"p": [-0.3]}}, "a", "outcomes of 'a' against 'b' of prompt 'p' must be from 0 to 1"),
         ({("a", "b"): {}}, "a", "outcomes of 'a' against 'b' holds no prompt"),
         ({}, "a", "anchor 'a' is not among the methods"),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
+from llmdoctor.bench.chosen import Chosen
 from llmdoctor.bench.kit import ABLATIONS, LABELS, MERGED, MERGED_SUBTB
 from llmdoctor.bench.methods import (
     CONTENDERS,
@@ -19,9 +20,8 @@ from llmdoctor.bench.methods import (
 )
 from llmdoctor.bench.options import BenchOptions, Task
 from llmdoctor.bench.points import Point
-from llmdoctor.bench.table import Chosen, at_kl, percent_by_seed
+from llmdoctor.bench.table import at_kl
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.arena import matchup_from_outcomes
 
 BETAS = (1.0, 2.0)
 WHOLE, BALANCED, OF_ROUNDS, OF_LABELS, OF_PAIRS = "whole", "balanced", "no_pairs", "labels", "no_rounds"
@@ -122,7 +122,9 @@ def make_ablation(arena: Arena, names: Sequence[str] = ()) -> list[AblationRow]:
             for place, (name, point) in enumerate(points)
             if (origin := origins[name])
         }
-        arena.announce(task, [(ours.texts, Chosen([point]).texts) for ours, point in matches.values()])
+        arena.announce(
+            task, [(texts, Chosen([point]).texts) for ours, point in matches.values() for texts in ours.versions]
+        )
         for place, (name, point) in enumerate(points):
             rows.append(_row(arena, task, name, origins[name], point, matches.get((name, place))))
     arena.write("ablation.json", rows)
@@ -133,8 +135,8 @@ def _row(
     arena: Arena, task: Task, variant: str, origin: str, point: Point, match: tuple[Chosen, Point] | None
 ) -> AblationRow:
     figures = point.figures()
-    outcomes = {} if match is None else arena.outcomes(task, match[0].texts, Chosen([point]).texts)
-    found = matchup_from_outcomes(outcomes) if outcomes else None
+    contest = None if match is None else match[0].against(arena, task, Chosen([point]))
+    found = contest.matchup() if contest else None
     return {
         "task": task.name,
         "variant": variant,
@@ -151,6 +153,6 @@ def _row(
         "win_plus_half_tie": found.win_plus_half_tie if found else None,
         "ci_low": found.ci_low if found else None,
         "ci_high": found.ci_high if found else None,
-        "by_seed": percent_by_seed(outcomes),
+        "by_seed": contest.by_seed if contest else [],
         "clamped": match is not None and match[0].clamped,
     }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from llmdoctor.bench.arena import Arena
-from llmdoctor.bench.cells import Answer
+from llmdoctor.bench.chosen import Chosen, Contest, mixed_at_kl
 from llmdoctor.bench.methods import CONTENDERS, DOCTOR, FORMS, PATIENT, Contender
 from llmdoctor.bench.options import Task
-from llmdoctor.bench.points import Answers, Figures, Point, distinct_4, perplexity
+from llmdoctor.bench.points import Answers, Figures, distinct_4, perplexity
 from llmdoctor.errors import UserError
-from llmdoctor.evaluation.arena import matchup_from_outcomes
 from llmdoctor.evaluation.embedders import Embedder
-from llmdoctor.evaluation.equal_kl import equal_kl_mixture
 from llmdoctor.evaluation.ranking import bradley_terry
 
 MOST_PERPLEXITY, LEAST_DISTINCT = 1.5, 0.95
@@ -42,7 +39,8 @@ class Row(Result):
 
     Where `keeps_text` is false no setting of the method keeps the text, and its gentlest stands in; where
     `doctor_keeps_text` is, LLMdoctor's answers do not. `by_seed` is win + ½ tie of each seed by itself: the intervals
-    are over prompts, with the models that were trained.
+    are over prompts, with the models that were trained. At equal KL, which is each seed's by itself, LLMdoctor's
+    figures are expectations over the lot that mixes two of its settings, but for `doctor_distinct_4`.
     """
 
     task: str
@@ -113,10 +111,10 @@ def make_table(arena: Arena, names: Sequence[str] = (), everything: bool = False
             matches.append((name, "best", method, doctor))
             if name != PATIENT:
                 matches.append((name, "equal_kl", method, at_kl(arena, task, method)))
-        arena.announce(task, [(doctor.texts, method.texts) for _, _, method, doctor in matches])
+        arena.announce(task, [(texts, method.texts) for *_, method, doctor in matches for texts in doctor.versions])
         rows.extend(_row(arena, task, name, at, method, doctor) for name, at, method, doctor in matches)
         outcomes = _all_outcomes(arena, task, best)
-        pairs.extend(_match(task, *names, of_prompts) for names, of_prompts in outcomes.items())
+        pairs.extend(_match(task, *names, Contest(of_prompts)) for names, of_prompts in outcomes.items())
         pairs.extend(_forms_at_equal_kl(arena, task, best))
         ratings.extend(_ratings(task, outcomes))
     arena.write("table.json", rows)
@@ -160,65 +158,6 @@ def _part_taking(arena: Arena, names: Sequence[str], everything: bool) -> list[t
     return found
 
 
-class Chosen:
-    """Answers that may come from several settings of one method.
-
-    Attributes:
-        answers, scores: by prompt, one value a seed.
-        points: the settings they are from.
-        clamped: the KL asked for lies beyond what the method was measured at.
-        keeps_text: they pass the gate.
-    """
-
-    def __init__(self, parts: Sequence[Point], *, clamped: bool = False, keeps_text: bool = True) -> None:
-        self.points = list(parts)
-        self.answers: dict[str, list[Answer]] = {prompt: row for part in parts for prompt, row in part.answers.items()}
-        self.scores = {prompt: row for part in parts for prompt, row in part.scores.items()}
-        self.clamped = clamped
-        self.keeps_text = keeps_text
-
-    @property
-    def texts(self) -> dict[str, list[str]]:
-        """By prompt, one a seed."""
-        return {prompt: [answer.text for answer in row] for prompt, row in self.answers.items()}
-
-    @property
-    def score(self) -> float:
-        """Mean score."""
-        return _mean(self.scores)
-
-    @property
-    def kl(self) -> float:
-        """Mean KL in nats."""
-        return _mean({prompt: [answer.kl for answer in row] for prompt, row in self.answers.items()})
-
-    @property
-    def distinct_4(self) -> float:
-        """As a `Point`'s."""
-        return distinct_4(self.answers)
-
-    @property
-    def seeds(self) -> int:
-        """How many repetitions."""
-        return len(next(iter(self.answers.values())))
-
-    def only(self, prompts: Collection[str], seeds: int | None = None) -> Chosen:
-        """The same for some of the prompts, and the first so many seeds."""
-        part = copy.copy(self)
-        part.answers = {prompt: self.answers[prompt][:seeds] for prompt in prompts}
-        part.scores = {prompt: self.scores[prompt][:seeds] for prompt in prompts}
-        return part
-
-    @property
-    def settings(self) -> list[dict[str, float]]:
-        """Each once."""
-        found: list[dict[str, float]] = []
-        for point in self.points:
-            if dict(point.setting) not in found:
-                found.append(dict(point.setting))
-        return found
-
-
 def best_point(arena: Arena, task: Task, contender: Contender) -> Chosen:
     """The method at its best setting that keeps the text, chosen for each half of the prompts on the other half.
 
@@ -254,28 +193,14 @@ def at_kl(arena: Arena, task: Task, opponent: Chosen, form: str = DOCTOR) -> Cho
     return doctor
 
 
-def mixed_at_kl(points: Sequence[Point], opponent: Chosen) -> Chosen:
-    """A method, given at several settings in the order of its knob, at the KL that the opponent spends.
-
-    The opponent has answered some or all of its prompts, with as many seeds or fewer.
-    """
-    parts = [point.only(list(opponent.scores), opponent.seeds) for point in points]
-    mixture = equal_kl_mixture(opponent.kl, [(part.kls, part) for part in parts])
-    low, high = mixture.low, mixture.high
-    chosen = Chosen([low, high], clamped=mixture.clamped)
-    chosen.answers = mixture.take(low.answers, high.answers)
-    chosen.scores = mixture.take(low.scores, high.scores)
-    return chosen
-
-
 def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: Chosen) -> Row:
-    outcomes = arena.outcomes(task, doctor.texts, method.texts)
+    contest = doctor.against(arena, task, method)
     flat = [answer for point in method.points for row in point.answers.values() for answer in row]
     return {
         "task": task.name,
         "method": name,
         "at": at,
-        **_result(outcomes),
+        **_result(contest),
         "score": method.score,
         "distinct_4": method.distinct_4,
         "kl": method.kl,
@@ -289,15 +214,15 @@ def _row(arena: Arena, task: Task, name: str, at: str, method: Chosen, doctor: C
         "clamped": doctor.clamped,
         "keeps_text": method.keeps_text,
         "doctor_keeps_text": doctor.keeps_text,
-        "by_seed": percent_by_seed(outcomes),
+        "by_seed": contest.by_seed,
     }
 
 
 def _most_questions(arena: Arena, names: Sequence[str]) -> int:
     """Most questions behind the rows; those of the patient's are asked for the scores."""
     prompts = sum(len(arena.cells.prompts_of(CONTENDERS[name])) for name in names if name not in (DOCTOR, PATIENT))
-    # Two rows a method, both presentation orders.
-    return 4 * prompts * arena.options.seeds
+    # Both presentation orders: at its best, and at equal KL the answers of two settings.
+    return 6 * prompts * arena.options.seeds
 
 
 Outcomes = Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
@@ -332,27 +257,20 @@ def _forms_at_equal_kl(arena: Arena, task: Task, best: Mapping[str, Chosen]) -> 
         if form in best and second not in (PATIENT, DOCTOR, *FORMS):
             opponent, _ = _shared(best[second], best[form])
             doctor = at_kl(arena, task, opponent, form)
-            outcomes = arena.outcomes(task, doctor.texts, opponent.texts)
-            found.append(_match(task, form, second, outcomes, at="equal_kl", clamped=doctor.clamped))
+            contest = doctor.against(arena, task, opponent)
+            found.append(_match(task, form, second, contest, at="equal_kl", clamped=doctor.clamped))
     return found
 
 
 def _match(
-    task: Task, first: str, second: str, outcomes: Mapping[str, Sequence[float]], at: str = "best",
-    clamped: bool = False,
+    task: Task, first: str, second: str, contest: Contest, at: str = "best", clamped: bool = False
 ) -> Match:  # fmt: skip
-    by_seed = percent_by_seed(outcomes)
-    return {"task": task.name, "first": first, "second": second, "at": at, **_result(outcomes), "by_seed": by_seed,
-            "clamped": clamped}  # fmt: skip
+    return {"task": task.name, "first": first, "second": second, "at": at, **_result(contest),
+            "by_seed": contest.by_seed, "clamped": clamped}  # fmt: skip
 
 
-def percent_by_seed(outcomes: Mapping[str, Sequence[float]]) -> list[float]:
-    """Percent won by each seed's answers."""
-    return [100 * sum(seed) / len(seed) for seed in zip(*outcomes.values(), strict=True)]
-
-
-def _result(outcomes: Mapping[str, Sequence[float]]) -> Result:
-    found = matchup_from_outcomes(outcomes)
+def _result(contest: Contest) -> Result:
+    found = contest.matchup()
     return {
         "win": found.win,
         "tie": found.tie,
@@ -371,8 +289,3 @@ def _ratings(task: Task, outcomes: Outcomes) -> list[Elo]:
         {"task": task.name, "method": name, "elo": rating.elo, "low": rating.low, "high": rating.high}
         for name, rating in bradley_terry(outcomes, PATIENT).items()
     ]
-
-
-def _mean(values: Mapping[str, Sequence[float]]) -> float:
-    flat = [value for row in values.values() for value in row]
-    return sum(flat) / len(flat)

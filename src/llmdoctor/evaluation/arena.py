@@ -12,10 +12,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from llmdoctor.evaluation.metrics import Floats, Interval, WinTieLoss, cluster_bootstrap_ci, flat_floats
+from llmdoctor.evaluation.metrics import Floats, Interval, cluster_bootstrap_ci, flat_floats
 
 BySeed = Mapping[str, Sequence[float]]
 """Prompt id -> one value a seed."""
+
+_FEWEST_OTHERS = 10
+"""Prompts that were not won, or not lost, from which on a bootstrap knows of them."""
 
 _FEWEST_PROMPTS = 6
 """Five wins of five still have p = 2 · ½⁵ = 0.06 in a two-sided sign test."""
@@ -28,12 +31,12 @@ class Matchup:
     win: int
     tie: int
     loss: int
-    """Counts over prompts and seeds."""
+    """Counts over prompts and seeds; where outcomes are expectations, the whole numbers nearest to theirs."""
     prompts: int
     win_plus_half_tie: float
     ci_low: float
     ci_high: float
-    """Percent, with its cluster bootstrap interval."""
+    """Percent, with its interval over prompts, each with all its seeds."""
     sign_test_p: float
     """Two-sided, exact. A prompt is one sign, whatever its seeds: who won more of them; an even prompt drops out."""
     prompts_needed: int | None
@@ -69,20 +72,28 @@ def matchup(
 
 
 def matchup_from_outcomes(
-    outcomes: Mapping[str, Sequence[float] | Floats], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    outcomes: Mapping[str, Sequence[float] | Floats],
+    ties: Mapping[str, Sequence[float] | Floats] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Matchup:
-    """Sum up outcomes by prompt: 1 the first method won, 0.5 a tie, 0 it lost."""
+    """Sum up outcomes by prompt: 1 the first method won, 0.5 a tie, 0 it lost.
+
+    Expectations of such outcomes lie between; then `ties` says for each how probable a tie is.
+    """
     groups = check_outcomes(outcomes)
     flat = np.concatenate(list(groups.values()))
-    win, loss = int(np.sum(flat == 1)), int(np.sum(flat == 0))
-    count = WinTieLoss(win=win, tie=flat.size - win - loss, loss=loss)
-    interval = cluster_bootstrap_ci([100 * group for group in groups.values()], level, resamples, seed)
+    even = flat == 0.5 if ties is None else np.concatenate([np.asarray(ties[prompt], float) for prompt in groups])
+    win, loss = round(float(np.sum(flat - even / 2))), round(float(np.sum(1 - flat - even / 2)))
+    interval = _interval(groups, level, resamples, seed)
     return Matchup(
-        win=count.win,
-        tie=count.tie,
-        loss=count.loss,
+        win=win,
+        tie=flat.size - win - loss,
+        loss=loss,
         prompts=len(groups),
-        win_plus_half_tie=count.win_plus_half_tie,
+        win_plus_half_tie=interval.mean,
         ci_low=interval.low,
         ci_high=interval.high,
         sign_test_p=_sign_test(groups),
@@ -125,11 +136,11 @@ def by_prompt(values: Mapping[str, Sequence[float] | Floats], what: str) -> dict
 
 
 def check_outcomes(outcomes: Mapping[str, Sequence[float] | Floats], what: str = "outcomes") -> dict[str, Floats]:
-    """Outcomes as vectors; ValueError, naming the prompt, unless each is 1, 0.5 or 0."""
+    """Outcomes as vectors; ValueError, naming the prompt, unless each is from 0 to 1."""
     groups = by_prompt(outcomes, what)
     for prompt, group in groups.items():
-        if not np.isin(group, (0.0, 0.5, 1.0)).all():
-            raise ValueError(f"{what} of prompt {prompt!r} must be 1, 0.5 or 0, got {group.tolist()}")
+        if group.min() < 0 or group.max() > 1:
+            raise ValueError(f"{what} of prompt {prompt!r} must be from 0 to 1, got {group.tolist()}")
     return groups
 
 
@@ -142,6 +153,20 @@ def require_same_prompts(one: Mapping[str, Floats], two: Mapping[str, Floats], f
             raise ValueError(
                 f"prompt {prompt!r} has {one[prompt].size} seeds in {first} and {two[prompt].size} in {second}"
             )
+
+
+def _interval(groups: Mapping[str, Floats], level: float, resamples: int, seed: int) -> Interval:
+    """Percent won, with a bootstrap interval over prompts, or Wilson's (1927) where hardly any is not won, or lost."""
+    found = cluster_bootstrap_ci([100 * group for group in groups.values()], level, resamples, seed)
+    means = np.array([group.mean() for group in groups.values()])
+    # Most samples of a bootstrap miss what a handful of prompts say, and none has what none says.
+    if min(np.sum(means < 1), np.sum(means > 0)) >= _FEWEST_OTHERS:
+        return found
+    z, count, mean = NormalDist().inv_cdf((1 + level) / 2), len(groups), found.mean / 100
+    middle = mean + z * z / (2 * count)
+    half = z * math.sqrt(max(0.0, mean * (1 - mean)) / count + (z / (2 * count)) ** 2)
+    low, high = ((middle + side) / (1 + z * z / count) for side in (-half, half))
+    return Interval(found.mean, 100 * max(0.0, low), 100 * min(1.0, high))
 
 
 def _sign_test(groups: Mapping[str, Floats]) -> float:

@@ -3,7 +3,8 @@
 A method is measured at a few settings of its knob (β, say), and none of them lands on the target. Each prompt and seed
 is therefore answered by one of the two settings around it, chosen by lot. That mixture is a policy too, which anybody
 could run. Its KL to the patient is at most the mixture of the two KLs, since KL is convex in its first argument: the KL
-stated for it is an upper bound, so the comparison never favours the mixed method.
+stated for it is an upper bound, so the comparison never favours the mixed method. As both settings' answers are there,
+what is a mean over answers need not wait for the lot (`Mixture.blend`); what is of a set of texts does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ class Mixture(Generic[P]):
     """Mean KL estimate of the answers chosen; off the target by the luck of the lot."""
     clamped: bool
     """The target lies outside what the points reach; the nearest one is taken as it is."""
+
+    def blend(self, low: BySeed, high: BySeed) -> dict[str, list[float]]:
+        """Expectation over all lots of values of the same prompts and seeds, from those of the two settings."""
+        return {
+            prompt: [(1 - self.weight) * below + self.weight * above
+                     for below, above in zip(low[prompt], high[prompt], strict=True)]
+            for prompt in self.from_high
+        }  # fmt: skip
 
     def take(self, low: Mapping[str, Sequence[V]], high: Mapping[str, Sequence[V]]) -> dict[str, list[V]]:
         """The mixture's values, of the same prompts and seeds, from those of its two settings."""
