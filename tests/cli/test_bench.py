@@ -335,7 +335,7 @@ def test_a_chat_judge_is_announced_and_reported(
         asked = len(server.bodies)
         first = next(line for line in ended.err.splitlines() if line.startswith(judge))
         assert " questions to ask, 0 answered already; about " in first
-        assert ", at most about $0.0" in first
+        assert ", about $0.0" in first
         assert " if every first reply holds a verdict (where none does, up to 3 are asked for)" in first
         assert "; after that at most 24 more of that kind" in first
         (said,) = [line for line in ended.out.splitlines() if line.startswith(judge)]

@@ -151,7 +151,8 @@ def test_agreement_with_labels_through_the_server():
         ("{" * 5000, "unparsed"),
         ("I’m sorry, but this is not something I rate.", "refused"),
         ("I cannot help with this request.", "refused"),
-        ("As an AI, I am unable to evaluate these.", "refused"),
+        ("As an AI, I am unable to discuss these.", "refused"),
+        ("Both are fine. I cannot choose.", "unparsed"),
         ('I\'m sorry for both. {"verdict": "A"}', "A"),
     ],
 )

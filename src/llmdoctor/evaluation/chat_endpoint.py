@@ -13,7 +13,7 @@ from llmdoctor.errors import UserError
 OPENAI_URL = "https://api.openai.com/v1"
 _OPENAI_KEY = "OPENAI_API_KEY"
 _DEFAULT_PARAMS: Mapping[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": 512}
-_CHARACTERS_PER_TOKEN = 4
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,5 @@ class ChatEndpoint:
 
 
 def approximate_tokens(text: str) -> int:
-    """A quarter of the characters, rounded up: near enough for English under the usual tokenizers."""
-    return -(-len(text) // _CHARACTERS_PER_TOKEN)
+    """A quarter of the UTF-8 bytes, rounded up: near enough for English, and for scripts of a token a character."""
+    return -(-len(text.encode("utf-8", "surrogatepass")) // _BYTES_PER_TOKEN)

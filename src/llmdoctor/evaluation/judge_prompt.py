@@ -31,8 +31,9 @@ _REFUSAL = re.compile(
     r"\A\W*(?:i(?:'| a)m (?:very |so |really )?sorry|sorry|i apologi[sz]e|my apologies)\b"
     r"|\bi(?: must| have to)? (?:decline|refuse)\b"
     r"|\bi(?: can(?:no|')t| can not| won't| will not|(?:'| a)m (?:unable|not able) to)\W+"
-    r"(?:\w+ly )?(?:help|assist|comply|fulfil|provide|engage|take part|participate|continue|discuss|do (?:that|this)"
-    r"|judge|evaluate|compare|rate|choose)\b",
+    # Not "choose" or "compare": who cannot tell two answers apart has not refused, and is asked once more.
+    r"(?:\w+ly )?(?:help|assist|comply|fulfil|provide|engage|take part|participate|continue|discuss"
+    r"|do (?:that|this))\b",
     re.IGNORECASE,
 )
 _VALUES = {"a": "A", "b": "B", "tie": "tie", "c": "tie", "draw": "tie", "equal": "tie"}

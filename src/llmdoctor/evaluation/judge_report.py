@@ -26,7 +26,7 @@ class CostEstimate:
         uncached: those that still have to be asked; the other figures are about them.
         input_tokens: a quarter of the characters.
         output_tokens: at most so many; None where the parameters set no limit.
-        price: at most so many dollars; None where prices or the limit are unknown.
+        price: about so many dollars, if replies are as long as they may be; None where prices or the limit are unknown.
         attempts: times that a question is asked in all while its replies hold no verdict. No figure here counts more
             than the first.
     """
