@@ -337,7 +337,7 @@ def test_a_chat_judge_is_announced_and_reported(
         assert " questions to ask, 0 answered already; about " in first
         assert ", about $0.0" in first
         assert " if every first reply holds a verdict (where none does, up to 3 are asked for)" in first
-        assert "; after that at most 24 more of that kind" in first
+        assert "; after that at most 36 more of that kind" in first
         (said,) = [line for line in ended.out.splitlines() if line.startswith(judge)]
         assert f"{asked} replies asked for, " in said
         assert "0 refused, 0 unparsed" in said

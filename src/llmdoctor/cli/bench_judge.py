@@ -154,7 +154,7 @@ def _told(asking: Asking) -> str:
         return f"{asking.judge}: all of {estimate.requests:,} questions are answered already, nothing is asked"
     written = "no limit" if estimate.output_tokens is None else f"at most {estimate.output_tokens:,}"
     if estimate.price is not None:
-        price = f"about {_dollars(estimate.price)} if replies are as long as they may be"
+        price = f"about {_dollars(estimate.price)}"
     else:
         price = "no price is known (--judge-price-in, --judge-price-out)"
     later = f"; after that at most {asking.later:,} more of that kind" if asking.later else ""
