@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.tiny import CORPUS, byte_level, sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llmdoctor.data.chat import PLAIN_TEMPLATE, ChatEncoder, Completion
 from llmdoctor.errors import UserError
+from llmdoctor.files import digest
 from llmdoctor.models.loading import LoadedModel
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -68,8 +70,13 @@ COMPOSED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
 )
-THINKING = CHATML.replace("assistant\n'", "assistant\n<think>'")
+# Opens the reasoning for the assistant, and cuts it from earlier turns, as DeepSeek-R1's and Qwen3's do.
+THINKING = CHATML.replace("assistant\n'", "assistant\n<think>'").replace(
+    "m['content'] +", "(m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content']) +"
+)
+MARKUP = ("<think>", "</think>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+BYTES = ChatEncoder(make_tokenizer(None, ("<s>", "</s>")))
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +155,10 @@ def test_no_text_becomes_a_control_token(chatml: ChatEncoder, text: str, instruc
         (CHATML, (START, END, "<|im_end|>>", "|im_end|>"), (), f"{END}> |im_end|> {END}>>"),
         (CHATML, (START, END, "aa"), (), "aaaaa"),
         (CHATML, (START, END, "[a]", "]["), (), "[a][a]"),
-        (THINKING, (START, END), ("<think>",), "<think>so</think><<think>>"),
-        (COMPOSED, ("<s>", "</s>"), ROLES, "<|user|></s><|assistant|><|system|><s>"),
+        (COMPOSED, ("<s>", "</s>"), ROLES, "<|user|></s><|system|><s>"),
         (None, ("<s>", "</s>"), (), "</s>Human: <s>"),
     ],
-    ids=["overlapping", "self-overlapping", "chained", "added, in the template", "added, composed", "no template"],
+    ids=["overlapping", "self-overlapping", "chained", "added, composed", "no template"],
 )
 def test_spellings_of_every_kind_stay_text(
     template: str | None, special: tuple[str, ...], added: tuple[str, ...], text: str
@@ -160,10 +166,76 @@ def test_spellings_of_every_kind_stay_text(
     encoder = ChatEncoder(make_tokenizer(template, special, added, eos_token=special[1]))
     assert control_ids(encoder.tokenizer) & set(encoder.tokenizer(text)["input_ids"]), "the text must be a threat"
     assert not control_ids(encoder.tokenizer) & set(encoder.text_ids(text))
-    assert encoder.tokenizer.decode(encoder.text_ids(text)) == text
+    assert encoder.decode(encoder.text_ids(text)) == text
     harmless_controls = controls(encoder, encoder.prompt_ids(user("hi"), "be brief"))
     assert controls(encoder, encoder.prompt_ids(user(text), text)) == harmless_controls
     assert not control_ids(encoder.tokenizer) & set(encoder.completion(text, complete=False).ids)
+
+
+@pytest.mark.parametrize("text", ["<think>so</think><<think>>", "<|assistant|><|user|>"])
+def test_added_tokens_of_the_template_stay_text_in_turns_of_the_user_and_the_system(text: str) -> None:
+    template, added = (THINKING, MARKUP) if "think" in text else (COMPOSED, ROLES)
+    encoder = ChatEncoder(make_tokenizer(template, added=added))
+    expected = controls(encoder, encoder.prompt_ids(user("hi"), "be brief"))
+    assert controls(encoder, encoder.prompt_ids(user(text), text)) == expected
+    assert encoder.tokenizer.decode(encoder.prompt_ids(user(text))).count(text) == 1
+
+
+def test_the_models_own_markup_is_tokens_where_the_assistant_says_it() -> None:
+    """As it is drawn: reasoning that is spelled letter by letter would be scored on tokens that are never said."""
+    encoder = ChatEncoder(make_tokenizer(THINKING, added=MARKUP))
+    text = f"<think>so</think>yes{END}"
+    ids = encoder.completion(text, complete=True).ids
+    assert controls(encoder, ids) == [*MARKUP, END]
+    assert ids[-1] == encoder.end_of_turn
+    assert encoder.decode(ids) == text
+    assert encoder.text_ids(encoder.decode(ids)) == ids[:-1]
+
+
+def test_a_template_that_cuts_reasoning_from_earlier_turns_finds_it() -> None:
+    encoder = ChatEncoder(make_tokenizer(THINKING, added=MARKUP))
+    turns = [*user("hi"), {"role": "assistant", "content": f"<think>so</think>yes{END}"}, *user("more")]
+    ids = encoder.prompt_ids(turns)
+    before = f"{START}user\nhi{END}\n{START}assistant\n"
+    assert encoder.tokenizer.decode(ids) == f"{before}yes{END}{END}\n{START}user\nmore{END}\n{START}assistant\n<think>"
+    assert controls(encoder, ids) == [START, END] * 3 + [START, "<think>"]
+
+
+def test_markup_that_the_template_writes_into_earlier_answers_is_the_assistants_too() -> None:
+    """GLM-4.5 begins answers without reasoning with an empty one."""
+    template = COMPOSED.replace(
+        "+ m['content']", "+ ('<think></think>' if m['role'] == 'assistant' else '') + m['content']"
+    )
+    encoder = ChatEncoder(make_tokenizer(template, added=(*ROLES, *MARKUP)))
+    assert controls(encoder, encoder.text_ids("<think></think><|user|>")) == list(MARKUP)
+
+
+def test_where_the_template_takes_no_turn_of_the_assistant_all_its_markers_stay_text() -> None:
+    refusing = "{% for m in messages if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endfor %}" + THINKING
+    encoder = ChatEncoder(make_tokenizer(refusing, added=MARKUP))
+    assert controls(encoder, encoder.text_ids("<think>")) == []
+
+
+def test_a_stop_token_that_is_not_marked_special_stays_text() -> None:
+    """Stop tokens of the generation config need not stand in the template, nor be special."""
+    tokenizer = make_tokenizer(CHATML, added=("<|eom|>",))
+    stop = tokenizer.convert_tokens_to_ids("<|eom|>")
+    encoder = ChatEncoder(tokenizer, [tokenizer.eos_token_id, stop])
+    assert stop not in encoder.text_ids("<|eom|>") + encoder.prompt_ids(user("<|eom|>"), "<|eom|>")
+
+
+LED_CORPUS = ["hello there the cat sat on the mat"] * 3
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "the </s>cat", "<s>", "</s></s> <unk> the", "the<s>cat sat"])
+def test_text_of_control_tokens_is_not_spaced_out(text: str) -> None:
+    """A tokenizer that puts a space before every text must not put one between the pieces of one."""
+    tokenizer = sentencepiece(LED_CORPUS)
+    tokenizer.chat_template = COMPOSED
+    encoder = ChatEncoder(tokenizer)
+    assert not control_ids(tokenizer) & set(encoder.text_ids(text))
+    assert encoder.decode(encoder.text_ids(text)) == text
+    assert f"<|user|>{text}</s>" in tokenizer.decode(encoder.prompt_ids(user(text)))
 
 
 def test_added_words_that_are_no_control_tokens_are_kept_whole() -> None:
@@ -265,6 +337,56 @@ def test_the_plain_template_begins_as_the_tokenizer_begins_every_text() -> None:
     assert controls(encoder, ids) == ["<s>"]
     assert encoder.tokenizer.decode(ids) == "<s>Human: <s>hi\n\nAssistant:"
     assert not control_ids(encoder.tokenizer) & set(encoder.text_ids("hi"))
+
+
+def plain_encoders() -> dict[str, ChatEncoder]:
+    merging = byte_level(330, CORPUS)
+    merging.chat_template = None
+    return {
+        "bytes": ChatEncoder(make_tokenizer(None, ("<s>", "</s>"))),
+        "begins": ChatEncoder(make_tokenizer(None, ("<s>", "</s>"), begins=True)),
+        "byte-level": ChatEncoder(merging),
+        "sentencepiece": ChatEncoder(sentencepiece(LED_CORPUS)),
+    }
+
+
+@pytest.mark.parametrize("name", plain_encoders())
+@pytest.mark.parametrize("text", ["the cat sat", "hello", "</s>Human:"])
+def test_without_a_template_an_answer_is_encoded_as_it_stands_in_a_history(name: str, text: str) -> None:
+    encoder = plain_encoders()[name]
+    turns = [*user("Hi"), {"role": "assistant", "content": text}, *user("more")]
+    joined = encoder.prompt_ids(user("Hi")) + encoder.completion(text, complete=True).ids
+    assert encoder.prompt_ids(turns)[: len(joined)] == joined
+    assert encoder.decode(encoder.text_ids(text)) == text
+
+
+def test_the_lead_of_answers_is_the_plain_templates_alone() -> None:
+    leads = {name: encoder.lead for name, encoder in plain_encoders().items()}
+    assert leads == {"bytes": " ", "begins": " ", "byte-level": " ", "sentencepiece": ""}
+    assert ChatEncoder(byte_level(300, CORPUS)).lead == ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.one_of(st.sampled_from(" \n\u2003a"), st.characters(exclude_categories=["Cs"])), max_size=12))
+@example(text="  the cat")
+@example(text=" \n")
+@example(text="\nthe")
+@example(text=" the")
+def test_the_lead_is_no_part_of_the_text(text: str) -> None:
+    """But for one space that an answer begins with, which is the lead, texts come back as they were."""
+    encoder = BYTES
+    ids = encoder.text_ids(text)
+    bare = text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+    assert encoder.decode(ids) == "".join(encoder.token_texts(ids)) == bare
+    assert len(encoder.token_texts(ids)) == len(ids)
+    assert not bare or encoder.text_ids(bare) == ids
+    assert encoder.completion(text, complete=True).ids == [*ids, encoder.end_of_turn]
+
+
+def test_the_lead_that_is_a_token_of_its_own_has_no_text() -> None:
+    assert BYTES.token_texts(BYTES.text_ids("ab")) == ["", "a", "b"]
+    assert BYTES.token_texts(BYTES.text_ids("ab")[:1]) == [""]
+    assert BYTES.text_ids("") == []
 
 
 def test_a_template_of_the_models_own_decides_about_the_beginning_itself() -> None:
@@ -395,3 +517,22 @@ def test_token_texts_keep_leading_spaces_of_sentencepiece_tokenizers() -> None:
 def test_the_fingerprint_sees_what_changes_the_ids(chatml: ChatEncoder, change: Callable[[], ChatEncoder]) -> None:
     assert ChatEncoder(make_tokenizer(CHATML)).fingerprint() == chatml.fingerprint()
     assert change().fingerprint() != chatml.fingerprint()
+
+
+def test_the_fingerprint_of_before_holds_where_ids_are_those_of_before(chatml: ChatEncoder) -> None:
+    """So rewards and doctors made of models with a template and no markup of their own stay valid."""
+    for encoder in (
+        chatml,
+        plain_encoders()["sentencepiece"],
+        ChatEncoder(make_tokenizer(CHATML, added=("penicillin",))),
+    ):
+        expected = digest([encoder.template, encoder.end_of_turn, sorted(encoder.stop_ids)])
+        assert encoder.fingerprint() == expected
+
+
+def test_the_fingerprint_sees_the_lead_and_the_markup() -> None:
+    for encoder in (BYTES, ChatEncoder(make_tokenizer(THINKING, added=MARKUP))):
+        before = digest([encoder.template, encoder.end_of_turn, sorted(encoder.stop_ids)])
+        assert encoder.fingerprint() != before
+    one, other = (ChatEncoder(make_tokenizer(THINKING, added=added)) for added in (MARKUP, MARKUP[:1]))
+    assert one.fingerprint() != other.fingerprint()

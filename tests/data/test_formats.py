@@ -46,6 +46,21 @@ def hh(*turns: str) -> str:
         {"prompt": "Hi", "chosen": [*LEAD, assistant("Knock knock.")], "rejected": [*LEAD, assistant("No.")]},
         {"prompt": "A joke? ", "chosen": [*LEAD, assistant("Knock knock.")], "rejected": "No."},
         {"prompt": LEAD, "chosen": [{**assistant("Knock knock."), "name": None}], "rejected": "No.", "extra": 1},
+        {"system": "Be brief.", "prompt": LEAD[1:], "chosen": "Knock knock.", "rejected": "No."},
+        {"system": "Be brief. ", "prompt": LEAD, "chosen": "Knock knock.", "rejected": "No."},
+        {"system": "", "prompt": LEAD, "chosen": "Knock knock.", "rejected": "No."},
+        {"system": None, "prompt": LEAD, "chosen": "Knock knock.", "rejected": "No."},
+        {
+            "system": "Be brief.",
+            "chosen": [*LEAD[1:], assistant("Knock knock.")],
+            "rejected": [*LEAD[1:], assistant("No.")],
+        },
+        {
+            "system": "Be brief.",
+            "prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: A joke?\n\nAssistant:",
+            "chosen": " Knock knock.",
+            "rejected": " No.",
+        },
     ],
 )
 def test_every_way_to_write_a_standard_row_means_the_same_pair(row: dict[str, Any]) -> None:
@@ -63,6 +78,21 @@ def test_plain_text_is_one_user_turn_and_stays_as_it_is() -> None:
     }
     expected = PreferencePair((user(" <|im_end|>\n"),), " a", "</s>\n", chosen_complete=False, dimension="fun")
     assert PreferencePair.from_row(row) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: Hi",
+        "Assistant:",
+        "Say:\n\nHuman: Hi\n\nAssistant:",
+        "Human: Hi\nAssistant:",
+        "Human: Hi\n\nAssistant: Yes",
+    ],
+)
+def test_text_that_is_no_whole_dialogue_is_one_user_turn(text: str) -> None:
+    pair = PreferencePair.from_row({"prompt": text, "chosen": " a", "rejected": " b"})
+    assert pair == PreferencePair((user(text),), " a", " b")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +124,18 @@ def test_plain_text_is_one_user_turn_and_stays_as_it_is() -> None:
         ({"dimension": True}, "wrong type", "has true as `dimension`, expected text"),
         ({"rejected": "\ud800"}, "broken Unicode", "half of a surrogate pair in `rejected`"),
         ({"prompt": " \n"}, "empty prompt", "has an empty `prompt`"),
+        ({"prompt": "Human:\n\nAssistant:"}, "empty prompt", "has an empty `prompt`"),
+        (
+            {"prompt": "Human: Hi\n\nAssistant: Hm.\n\nAssistant: "},
+            "wrong type",
+            "has a `prompt` that ends with a turn of the assistant, not the user",
+        ),
+        ({"system": ["x"]}, "wrong type", "has a list as `system`, expected text"),
+        (
+            {"system": "Be kind.", "prompt": [SYSTEM, user("x")]},
+            "prompts differ",
+            "has a `system` that is not the system message of its `prompt`; keep one of them",
+        ),
         ({"rejected": " \n"}, "empty response", "has an empty `rejected` response"),
         ({"rejected": "Yes. "}, "identical responses", "has identical `chosen` and `rejected` responses"),
         ({"chosen": [user("Other?"), assistant("x")]}, "prompts differ", "not the one in its conversations"),

@@ -350,3 +350,49 @@ def test_the_real_hh_files_lose_only_their_empty_answers(split: str, rows_there:
         assert all(text and text == text.strip() for text in texts)
         assert not any(marker in text for text in texts for marker in ("\n\nHuman:", "\n\nAssistant:"))
     assert list(load_preferences(HH_FOLDER, split=split)) == found
+
+
+def test_rows_in_memory_are_read_again_and_again() -> None:
+    for data in (rows(5), tuple(rows(5)), datasets.Dataset.from_list(rows(5))):
+        source = load_preferences(data)
+        assert source.name == "pairs in memory"
+        assert source.format == "standard"
+        assert list(source) == list(source) == pairs(5)
+        assert list(load_preferences(data, limit=2)) == pairs(2)
+    hh = {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"}
+    assert list(load_preferences([hh])) == [PreferencePair((user("Hi"),), "A", "B")]
+
+
+def test_the_fingerprint_of_rows_in_memory_is_their_content() -> None:
+    data = rows(3)
+    source = load_preferences(data)
+    before = source.fingerprint()
+    assert before == load_preferences(datasets.Dataset.from_list(rows(3))).fingerprint()
+    assert before not in {load_preferences(other).fingerprint() for other in (rows(2), rows(4), rows(3)[::-1])}
+    assert before != load_preferences(data, limit=2).fingerprint()
+    data[1]["chosen"] = "Better."
+    assert before != source.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((row for row in rows(1)), "not this generator, which may be read only once; make it a list first: list("),
+        (map(dict, rows(1)), "not this map, which may be read only once"),
+        (datasets.Dataset.from_list(rows(1)).to_iterable_dataset(), "not this IterableDataset, which may be read on"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(rows(1))), "name one, as in data['train'], and put a s"),
+        (rows(1)[0], "not this dict; of several splits name one"),
+        (7, "expected a path, a name, a list of rows or a datasets.Dataset, not this int"),
+        ([], "pairs in memory: there are none"),
+        ([*rows(1), {"prompt": "x"}], "pairs in memory: row 2 has no `chosen` and no `rejected`; expected"),
+        (pairs(1), "pairs in memory: row 1 is a PreferencePair, expected named columns"),
+    ],
+)
+def test_rows_in_memory_that_cannot_be_used(data: Any, message: str) -> None:
+    assert message in message_of(data)
+
+
+def test_bad_rows_in_memory_are_skipped_and_counted() -> None:
+    source = load_preferences([*rows(1), {"prompt": "x"}, *rows(1)], on_bad="skip")
+    assert list(source) == pairs(1) * 2
+    assert source.skip_report() == "pairs in memory: skipped 1 of 3 rows: 1 × missing column (first: row 2)"

@@ -40,6 +40,8 @@ def test_rows_have_text_or_messages_and_perhaps_an_id(tmp_path: Path, name: str)
         {"prompt": [system, user("How?")], "id": "how"},
         {"prompt": "So?", "id": 7},
         {"prompt": "And?", "id": 8.0},
+        {"prompt": "Then?", "system": "Be brief."},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "system": None},
     ]
     path = tmp_path / name
     path.write_text(lines(*rows) if name == "p.jsonl" else json.dumps(rows), encoding="utf-8")
@@ -48,6 +50,8 @@ def test_rows_have_text_or_messages_and_perhaps_an_id(tmp_path: Path, name: str)
         Prompt("how", (system, user("How?"))),
         Prompt("7", (user("So?"),)),
         Prompt("8", (user("And?"),)),
+        Prompt("5", (system, user("Then?"))),
+        Prompt("6", (user("Hi"),)),
     ]
 
 

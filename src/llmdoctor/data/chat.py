@@ -6,6 +6,9 @@ Text from the data never becomes a control token: a user who types the end-of-tu
 Where a message contains the spelling of a control token, the rendered conversation is cut inside that spelling and
 the pieces are tokenised apart, so no tokenizer can see the marker whole. Conversations without such text are
 tokenised exactly as the model's own chat template is meant to be.
+
+Markup that the model itself says within its turns, such as `<think>`, is a token where the assistant says it, and text
+where the user or the system does.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For base models whose tokenizer has no chat template, after the token that it begins every text with, if any."""
+"""For base models whose tokenizer has no chat template, after the token that it begins every text with, if any.
+
+A prompt ends without the space that answers begin with, as tokens have their space in front (`ChatEncoder.lead`).
+"""
 
 _SENTINELS = "".join(chr(code) for code in range(0xE000, 0xE010))
 
@@ -47,15 +53,18 @@ class ChatEncoder:
     Args:
         tokenizer: any transformers tokenizer; `chat_template` is used where it has one, else `PLAIN_TEMPLATE`.
         eos_ids: ids at which the model's own generation stops; the tokenizer's `eos_token_id` if empty.
+
+    Attributes:
+        lead: the space that an answer's tokens begin with and its text does not: of `PLAIN_TEMPLATE`, where the
+            tokenizer does not add one by itself. An answer whose text begins with white space has no other.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.has_own_template = bool(tokenizer.chat_template)
         self.template: str = tokenizer.get_chat_template() if self.has_own_template else _plain_template(tokenizer)
-        example = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-        # Templates also compose markers ('<|' + role + '|>'), so both its source and what it writes are looked at.
-        self._control = _control_pattern(tokenizer, self.template + self._render(example))
+        self._spaces_texts = _spaces_texts(tokenizer)
+        self.lead = "" if self.has_own_template or self._spaces_texts else " "
         stops = [int(i) for i in eos_ids if i is not None]
         if not stops and tokenizer.eos_token_id is not None:
             stops = [int(tokenizer.eos_token_id)]
@@ -63,6 +72,12 @@ class ChatEncoder:
             raise UserError("the tokenizer names no end-of-sequence token, so a complete response cannot be marked")
         self.end_of_turn = self._find_end_of_turn(stops)
         self.stop_ids = frozenset({*stops, self.end_of_turn})
+        example = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        # Templates also compose markers ('<|' + role + '|>'), so both its source and what it writes are looked at.
+        control = _control_spellings(tokenizer, self.template + self._render(example), self.stop_ids)
+        always = _control_spellings(tokenizer, self._turn_markers(example), self.stop_ids)
+        self._markup = control - always
+        self._control, self._answer_control = _starts(control), _starts(control & always)
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
@@ -114,20 +129,20 @@ class ChatEncoder:
         ]
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text in which no control token is recognised."""
-        ids: list[int] = []
-        for piece in self._split(self._guard(text, mark := _unused_sentinel([text])), mark):
-            ids.extend(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
-        return ids
+        """Ids of an answer's text, or of its beginning, with the `lead`.
+
+        Of control tokens only the model's own markup (`<think>`) is recognised: the text is the assistant's.
+        """
+        led = self.lead + text if text and not text[0].isspace() else text
+        return self._ids(self._guard(led, mark := _unused_sentinel([text]), self._answer_control), mark)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without the stop tokens at its end; any other control token is shown as it is."""
+        """Text of `ids` without `lead` and the stop tokens at its end; other control tokens are shown as they are."""
         end = len(ids)
         while end and ids[end - 1] in self.stop_ids:
             end -= 1
-        return str(
-            self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)[self._lead_in(text) :]
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Surface text of each token; joined they are the decoded text. A split character comes with its last token."""
@@ -142,20 +157,50 @@ class ChatEncoder:
                 continue
             texts.append(grown[len(known) :])
             begin, written = written, end
+        if self._lead_in("".join(texts)):
+            first = next(place for place, text in enumerate(texts) if text)
+            texts[first] = texts[first].removeprefix(self.lead)
         return texts
 
     def fingerprint(self) -> str:
-        """Fingerprint of the template and the end-of-turn token."""
-        return digest([self.template, self.end_of_turn, sorted(self.stop_ids)])
+        """Fingerprint of the template, the end-of-turn token, the lead and the model's own markup."""
+        parts: list[Any] = [self.template, self.end_of_turn, sorted(self.stop_ids)]
+        if self.lead:
+            parts.append({"lead": self.lead})
+        if self._markup:
+            parts.append({"markup": sorted(self._markup)})
+        return digest(parts)
+
+    def _lead_in(self, text: str) -> int:
+        """Length of the lead that `text` begins with: none before other white space, with which no lead is written."""
+        return len(self.lead) if self.lead and text.startswith(self.lead) and not text[1:2].isspace() else 0
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         mark = _unused_sentinel([turn["content"] for turn in turns])
-        guarded = [{**turn, "content": self._guard(turn["content"], mark)} for turn in turns]
-        rendered = self._render(guarded)
+        controls = [self._answer_control if turn["role"] == "assistant" else self._control for turn in turns]
+        guarded = [
+            {**turn, "content": self._guard(turn["content"], mark, control)}
+            for turn, control in zip(turns, controls, strict=True)
+        ]
+        return self._ids(self._render(guarded), mark)
+
+    def _ids(self, text: str, mark: str) -> list[int]:
+        """Ids of text that is cut at every `mark`."""
         ids: list[int] = []
-        for piece in self._split(rendered, mark):
-            ids.extend(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+        for place, piece in enumerate(filter(None, text.split(mark))):
+            ids += self._inner_ids(piece) if place and self._spaces_texts else self._piece_ids(piece)
         return ids
+
+    def _piece_ids(self, piece: str) -> list[int]:
+        return list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+    def _inner_ids(self, piece: str) -> list[int]:
+        """Ids of a piece of a text as it reads within one, for a tokenizer that puts a space before every text."""
+        for before in ("\n", "0", ":"):
+            known, both = self._piece_ids(before), self._piece_ids(before + piece)
+            if known and both[: len(known)] == known:
+                return both[len(known) :]
+        raise UserError(f"the tokenizer cannot read {piece!r:.40} by itself, as the text of a control token must be")
 
     def _render(self, turns: list[dict[str, str]]) -> str:
         system = turns[0]["content"] if turns[0]["role"] == "system" else ""
@@ -180,17 +225,28 @@ class ChatEncoder:
             turns, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
 
-    def _guard(self, text: str, mark: str) -> str:
+    @staticmethod
+    def _guard(text: str, mark: str, control: re.Pattern[str] | None) -> str:
         _check_unicode(text)
-        if self._control is None:
+        if control is None:
             return text
-        cuts = sorted({match.start() + 1 for match in self._control.finditer(text)})
+        cuts = sorted({match.start() + 1 for match in control.finditer(text)})
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return mark.join(pieces)
 
-    @staticmethod
-    def _split(text: str, mark: str) -> list[str]:
-        return [piece for piece in text.split(mark) if piece]
+    def _turn_markers(self, example: list[dict[str, str]]) -> str:
+        """What the template writes around turns; all that it could write, if it takes no turn of the assistant.
+
+        Not what it writes where the assistant begins to speak: that may be the model's own markup.
+        """
+        turns = [*example, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Again?"}]
+        try:
+            asked, answer, rest = self._render(turns).partition("Hello")
+        except UserError:
+            answer = ""
+        if not answer:
+            return self.template + self._render(example)
+        return asked.rpartition("Hi")[0] + rest.rpartition("Again?")[0]
 
     def _find_end_of_turn(self, stops: list[int]) -> int:
         """The stop token that the template itself writes after an assistant's turn."""
@@ -209,16 +265,23 @@ def _plain_template(tokenizer: Any) -> str:
     return "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
-def _control_pattern(tokenizer: Any, written: str) -> re.Pattern[str] | None:
-    """Matches where the spelling of a control token starts (overlaps included).
+def _spaces_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a space before every text, as sentencepiece does."""
+    ids = [number for text in (":", "Yes") for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).endswith(" Yes")
 
-    Control tokens are the special ones, and the added ones that the template has in `written`.
-    """
+
+def _control_spellings(tokenizer: Any, written: str, stop_ids: frozenset[int]) -> set[str]:
+    """Control tokens: the special ones, stop tokens, and the added ones that the template has in `written`."""
     spellings = {str(token) for token in tokenizer.all_special_tokens}
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special or token.content in written:
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special or index in stop_ids or token.content in written:
             spellings.add(token.content)
-    spellings = {spelling for spelling in spellings if len(spelling) > 1 and not spelling.isspace()}
+    return {spelling for spelling in spellings if len(spelling) > 1 and not spelling.isspace()}
+
+
+def _starts(spellings: set[str]) -> re.Pattern[str] | None:
+    """Matches where one of the spellings starts (overlaps included)."""
     if not spellings:
         return None
     longest_first = sorted(spellings, key=lambda spelling: (-len(spelling), spelling))

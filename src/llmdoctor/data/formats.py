@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, TypeGuard, cast, get_args
 
 from llmdoctor.errors import UserError
 
@@ -106,8 +106,14 @@ def read_messages(value: Any, what: str) -> tuple[Message, ...]:
 
 
 def read_prompt(value: Any, what: str = "prompt") -> tuple[Message, ...]:
-    """A prompt given as text (one user turn) or as messages that end with a user turn that says something."""
-    prompt = (_message("user", value),) if isinstance(value, str) else read_messages(value, what)
+    """A prompt given as text or as messages that end with a user turn that says something.
+
+    Text is one user turn, or a dialogue as HH-RLHF writes it, which ends where the assistant is to speak.
+    """
+    if _is_open_dialogue(value):
+        prompt = parse_dialogue(value.rstrip().removesuffix("Assistant:"), what)
+    else:
+        prompt = (_message("user", value),) if isinstance(value, str) else read_messages(value, what)
     for message in prompt:
         read_text(message["content"], what)
     if prompt[-1]["role"] != "user":
@@ -117,6 +123,19 @@ def read_prompt(value: Any, what: str = "prompt") -> tuple[Message, ...]:
         )
     if not prompt[-1]["content"].strip():
         raise RowError("empty prompt", f"has an empty `{what}`")
+    return prompt
+
+
+def with_system(prompt: tuple[Message, ...], system: Any) -> tuple[Message, ...]:
+    """The prompt behind what a `system` column says, if anything; RowError where the prompt has another system text."""
+    if system is None or not read_text(system, "system").strip():
+        return prompt
+    if prompt[0]["role"] != "system":
+        return (_message("system", system), *prompt)
+    if prompt[0]["content"].strip() != system.strip():
+        raise RowError(
+            "prompts differ", "has a `system` that is not the system message of its `prompt`; keep one of them"
+        )
     return prompt
 
 
@@ -132,15 +151,22 @@ def read_text(value: Any, what: str) -> str:
 
 
 def _standard(row: Mapping[str, Any]) -> list[PreferencePair]:
-    """Columns prompt, chosen and rejected, as text or messages; the prompt may also stand in chosen and rejected."""
+    """Columns prompt, chosen and rejected, as text or messages; the prompt may also stand in chosen and rejected.
+
+    A column `system` stands in front of the prompt.
+    """
     implicit = isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)
     _require(row, ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected"))
     chosen_lead, chosen = _response(row["chosen"], "chosen")
     rejected_lead, rejected = _response(row["rejected"], "rejected")
     if chosen_lead and rejected_lead and chosen_lead != rejected_lead:
         raise _prompts_differ()
+    prompt = _joined_prompt(row.get("prompt"), chosen_lead or rejected_lead, _columns(row))
+    if _is_open_dialogue(row.get("prompt")):
+        # The space behind `Assistant:`, which no chat template wants.
+        chosen, rejected = chosen.lstrip(), rejected.lstrip()
     pair = _pair(
-        _joined_prompt(row.get("prompt"), chosen_lead or rejected_lead, _columns(row)),
+        with_system(prompt, row.get("system")),
         chosen,
         rejected,
         dimension=read_text(row.get("dimension") or "", "dimension"),
@@ -179,6 +205,14 @@ def _response(value: Any, what: str) -> tuple[tuple[Message, ...], str]:
 
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+_OPEN_DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
+
+
+def _is_open_dialogue(value: Any) -> TypeGuard[str]:
+    """Whether a prompt is a text dialogue up to where the assistant is to speak."""
+    return isinstance(value, str) and _OPEN_DIALOGUE.fullmatch(value) is not None
 
 
 def parse_dialogue(text: str, what: str = "dialogue") -> tuple[Message, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from llmdoctor.data.formats import FORMATS, Message, PreferencePair, RowError, detect_format
-from llmdoctor.data.rows import Located, RowSource, open_rows
+from llmdoctor.data.rows import GIVEN, GivenRows, Located, RowSource, SizedRows, open_rows
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path, digest
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_preferences(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | SizedRows,
     *,
     split: str = "train",
     format: str = "auto",
@@ -39,9 +39,10 @@ def load_preferences(
     """Open preference pairs; they are read when iterated.
 
     source: a .json, .jsonl (either may be .gz) or .parquet file, a folder of them, `builtin:NAME`, or a data set on the
-        Hugging Face hub: `owner/name`, optionally with `/folder`, `:config` and `@revision` after it.
+        Hugging Face hub: `owner/name`, optionally with `/folder`, `:config` and `@revision` after it. Or rows in
+        memory: a list of mappings, or a `datasets.Dataset`.
     split: of a hub data set, or of a folder whose files or sub-folders are named after splits; a single file is read
-        whole.
+        whole, and so are rows in memory.
     format: `standard`, `hh`, `pku`, `ultrafeedback`, or `auto` to tell by the first row.
     dimension: keep only pairs with this label; pairs without a label are given it.
     limit: at most so many pairs. streaming: False downloads a hub data set before it is read.
@@ -57,8 +58,11 @@ def load_preferences(
         raise UserError(f"unknown on_bad {on_bad!r}, expected one of {', '.join(get_args(OnBad))}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1")
-    rows = open_rows(source, split=split, streaming=streaming)
-    name = os.fspath(source)
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        rows = open_rows(source, split=split, streaming=streaming)
+    else:
+        name, rows = GIVEN, GivenRows(source)
     if format == "auto":
         format = _first_format(name, rows, skip_malformed=on_bad == "skip")
     return PreferenceSource(name, rows, format=format, dimension=dimension, limit=limit, on_bad=on_bad)
@@ -71,7 +75,7 @@ class PreferenceSource:
         self, name: str, rows: RowSource, *, format: str, dimension: str | None, limit: int | None, on_bad: OnBad
     ) -> None:
         self.name = name
-        """The source as it was given."""
+        """The source as it was given, or what rows in memory are called."""
         self.format = format
         self.skipped: Counter[str] = Counter()
         """Rows dropped so far in the latest pass, by reason."""
@@ -102,7 +106,7 @@ class PreferenceSource:
             _log.warning(self.skip_report())
 
     def fingerprint(self) -> str:
-        """Short hash of what the pairs are: content (files) or commit and split (hub), format, dimension, limit."""
+        """Short hash of what the pairs are: content (or commit and split of the hub), format, dimension, limit."""
         # Not on_bad: two policies give the same pairs up to where one of them stops, so work done stays valid.
         options = [self.format, self._dimension, self._limit]
         return digest({"rows": self._rows.identity(), "options": options})

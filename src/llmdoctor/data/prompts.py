@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdoctor.data.formats import Message, RowError, read_prompt
+from llmdoctor.data.formats import Message, RowError, read_prompt, with_system
 from llmdoctor.data.rows import BUILTIN, ROW_SUFFIXES, Located, open_text, read_rows, reading
 from llmdoctor.errors import UserError
 
@@ -27,8 +27,9 @@ def load_prompts(source: str | os.PathLike[str], limit: int | None = None) -> li
     """Read the first `limit` prompts (all by default) of a source.
 
     source: a .txt file (one prompt a line, blank lines skipped), a .jsonl, .json or .parquet file with the column
-        `prompt` (text, or messages that end with a user turn) and perhaps `id`, text or a whole number (default: the
-        number of the line, item or row), or `builtin:prompts`, `builtin:prompts/train`, `builtin:prompts/test`.
+        `prompt` (text, or messages that end with a user turn) and perhaps `system`, text that stands before it, and
+        `id`, text or a whole number (default: the number of the line, item or row), or `builtin:prompts`,
+        `builtin:prompts/train`, `builtin:prompts/test`.
 
     UserError, one line, for a source or row that cannot be used.
     """
@@ -98,4 +99,4 @@ def _prompt(row: dict[str, Any], default_id: str) -> Prompt:
         name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
         raise RowError("wrong type", f"has {name!r} as `id`, expected text or a whole number")
-    return Prompt(str(name), read_prompt(row["prompt"]))
+    return Prompt(str(name), with_system(read_prompt(row["prompt"]), row.get("system")))

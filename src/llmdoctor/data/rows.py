@@ -1,13 +1,14 @@
-"""Rows of data files and of data sets on the Hugging Face hub, streamed, each with the place it came from."""
+"""Rows of data files, of data sets on the Hugging Face hub, and in memory, each with the place it came from."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO, cast
@@ -17,6 +18,8 @@ from llmdoctor.errors import UserError
 from llmdoctor.files import sha256_file
 
 BUILTIN = Path(__file__).with_name("builtin")
+GIVEN = "pairs in memory"
+"""What rows that came from no file are called."""
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
@@ -94,6 +97,45 @@ class FileRows:
             if key not in self._digests:
                 self._digests[key] = sha256_file(path)
         return self._digests[key]
+
+
+class SizedRows(Protocol):
+    """Rows in memory: a list of mappings, or a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class GivenRows:
+    """Rows that are in memory already; they are not copied."""
+
+    def __init__(self, rows: SizedRows) -> None:
+        expected = f"expected a path, a name, a list of rows or a datasets.Dataset, not this {type(rows).__name__}"
+        if isinstance(rows, Mapping):
+            raise UserError(
+                f"{expected}; of several splits name one, as in data['train'], and put a single row in a list"
+            )
+        if not isinstance(rows, Iterable):
+            raise UserError(expected)
+        if not isinstance(rows, Sized):
+            raise UserError(f"{expected}, which may be read only once; make it a list first: list(…)")
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Located]:
+        if not len(self._rows):
+            raise UserError(f"{GIVEN}: there are none")
+        for number, row in enumerate(self._rows, start=1):
+            problem = RowError("not a mapping", f"is a {type(row).__name__}, expected named columns", malformed=True)
+            yield Located(f"{GIVEN}: row", number, dict(row) if isinstance(row, Mapping) else problem)
+
+    def identity(self) -> dict[str, str]:
+        """A digest of the rows as they are now."""
+        total = hashlib.sha256()
+        for row in self._rows:
+            columns = dict(row) if isinstance(row, Mapping) else row
+            total.update(json.dumps(columns, sort_keys=True, default=str).encode() + b"\n")
+        return {"given": total.hexdigest()}
 
 
 # owner/name, then optionally a folder of it, a configuration and a revision.
