@@ -129,6 +129,33 @@ def test_a_folder_that_cannot_take_its_place_gives_the_old_one_back(
     assert names(tmp_path) == ["doctor"]
 
 
+def test_a_kill_between_the_renames_loses_no_folder(tmp_path: Path) -> None:
+    """Killed when the old folder was set aside and the new one had not its name yet: who writes next finds the old."""
+    target = tmp_path / "[doctor]"
+    target.mkdir()
+    (target / "old.txt").touch()
+    script = (
+        "import os, signal, sys; from pathlib import Path; from llmdoctor.files import atomic_folder\n"
+        "replace = Path.replace\n"
+        "def killed(self, to):\n"
+        "    replace(self, to)\n"
+        "    if to.name == 'was': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.replace = killed\n"
+        "with atomic_folder(Path(sys.argv[1])) as temporary:\n"
+        "    (temporary / 'new.txt').touch()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(ValueError), atomic_folder(target):
+        raise ValueError
+    assert names(target) == ["old.txt"]
+    with atomic_folder(target) as temporary:
+        (temporary / "newer.txt").touch()
+    assert names(target) == ["newer.txt"]
+    assert not list(tmp_path.glob(".*.old"))
+
+
 def test_json_is_readable_and_ends_its_line(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"ü": [1, None]})
     text = (tmp_path / "x.json").read_text("utf-8")

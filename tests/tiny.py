@@ -50,7 +50,7 @@ def some_pairs(count: int, seed: int = 0) -> list[PreferencePair]:
 def acquire(model: LoadedModel, pairs: Sequence[PreferencePair], folder: Path, **options: Any) -> RewardStore:
     """Stage 1 with `FACES`, unsigned; options that are not `acquire_rewards`'s own go to `RewardOptions`."""
     options = {"signed": False, **options}
-    own = {name: options.pop(name) for name in ("rescore", "progress", "scoring", "faces") if name in options}
+    own = {name: options.pop(name) for name in ("rescore", "on_bad", "progress", "scoring", "faces") if name in options}
     own = {"faces": FACES, "scoring": ScoringOptions(shard_size=8, batch_tokens=600), **own}
     return acquire_rewards(model, pairs, folder, rewards=RewardOptions(**options), **own)
 

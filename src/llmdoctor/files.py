@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -43,6 +44,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success it replaces `target` as a whole, else it is removed."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _restore(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield temporary
@@ -63,6 +65,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _restore(target: Path) -> None:
+    """Put back what `atomic_folder` had set aside when it was killed before the new folder had its name."""
+    for retired in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if not target.exists() and (retired / "was").is_dir():
+            (retired / "was").replace(target)
+            retired.rmdir()
 
 
 def fill_folder(target: Path, save: Callable[[Path], None], last: str, gone: Sequence[str] = ()) -> None:

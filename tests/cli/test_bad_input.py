@@ -69,12 +69,42 @@ def test_a_prompt_longer_than_the_context(cli: Cli, good: Cli, tiny_folder: Path
     command = rewards_of(path, tiny_folder, tmp_path / "out")
     assert re.search(r"pair 5 \('.*' …\) has a prompt of", refused(cli, *command))
     shutil.rmtree(tmp_path / "out")
-    assert "4 pairs (1 skipped), " in good(*command, "--too-long", "skip").out
+    assert "4 pairs (1 skipped: 1 too long), " in good(*command, "--too-long", "skip").out
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Short?\n" + "7" * 600 + "\n")
     command = ("generate", "--prompts", prompts, "-o", tmp_path / "a.jsonl", "--patient", tiny_folder, *CPU)
     assert "prompt 2 has 6" in refused(cli, *command)
     assert "leaves no room" in refused(cli, "generate", "7" * 600, "--patient", tiny_folder, *CPU)
+
+
+def test_pairs_of_several_dimensions(cli: Cli, good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    """Told before the patient is loaded, wherever the second one comes."""
+    row = {"prompt": "Tea?", "response_0": "Yes.", "response_1": "No.", "better_response_id": 0}
+    path = write_jsonl(tmp_path / "pku.jsonl", [{**row, "safer_response_id": 1}])
+    for command in (
+        rewards_of(path, Path("none"), tmp_path / "out"),
+        ("readout", "--pairs", path, "-o", tmp_path / "r"),
+    ):
+        line = refused(cli, *command)
+        assert "several dimensions (harmless and helpful), " in line
+        assert "choose it with --dimension NAME" in line
+    good(*rewards_of(path, tiny_folder, tmp_path / "out", "--dimension", "harmless"))
+    (made,) = RewardStore.open(tmp_path / "out").rows()
+    assert ("".join(made["chosen_tokens"][:-1]), made["dimension"]) == ("No.", "harmless")
+
+
+def test_what_was_cut_and_what_was_left_out_is_said(cli: Cli, good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of four good pairs one becomes the same by the cut; a row that is no pair is left out only where asked for."""
+    rows = [*PAIRS[:3], {"prompt": "Sing.", "chosen": "La la la la!", "rejected": "La la la la?"}, {"prompt": "?"}]
+    command = rewards_of(write_jsonl(tmp_path / "p.jsonl", rows), tiny_folder, tmp_path / "out")
+    assert "line 5" in refused(cli, *command, "--on-bad", "error")
+    assert "unknown on_bad 'drop', expected one of auto, error, skip" in refused(cli, *command, "--on-bad", "drop")
+    said = good(*command, "--on-bad", "skip", "--max-completion-length", 6)
+    assert "3 pairs (1 skipped: 1 with equal responses), " in said.out
+    cut = RewardStore.open(tmp_path / "out").manifest["cut"]
+    assert cut > 0
+    assert f"of 6 responses {cut} were cut at 6 tokens (--max-completion-length)" in said.out
+    assert "skipped 1 of 5 rows" in said.err
 
 
 @pytest.mark.parametrize("arguments", [("caf\udce9",), ("Hi", "--system", "caf\udce9")])

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import CORPUS, OTHER_CORPUS, byte_level, sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.models.vocab import Table, Translation, Vocabulary, same_vocabulary
+from llmdoctor.rewards.transfer import carry
 
 TEXTS = ["Hello, how are you?", "  two  spaces\n\n\ttab", "café 😊 日本", "it's 1234", "x", "hello there"]
 END = 1
@@ -87,6 +88,33 @@ def test_added_tokens() -> None:
     assert vocabulary.spelled[said] is None
     assert vocabulary.spelled[wide] == b" wide "
     assert vocabulary.spell(vocabulary.split(b"<say>")) == b"<say>", "the text, not the control token"
+
+
+def test_added_tokens_of_spaces() -> None:
+    """Gemma lists runs of "▁" among the added tokens, too: they read as the decoder writes them, as spaces."""
+    names = ["<unk>", "<bos>", "<eos>", "▁▁", "▁▁▁▁", *(f"<0x{value:02X}>" for value in range(256)), "▁", *"abre"]
+    rules = {name: index for index, name in enumerate(names)}
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    backend = Tokenizer(models.BPE(vocab=rules, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names[:3]])
+    backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in names[3:5]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    encoder = ChatEncoder(tokenizer)
+    vocabulary = Vocabulary.of(encoder)
+    ids = encoder.text_ids("a    re  b")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "▁▁▁▁", "r", "e", "▁▁", "b"]
+    assert vocabulary.spell(ids).decode() == "a    re  b" == encoder.decode(ids)
+    assert vocabulary.split(b"a    re", start=True) == ids[:4]
+    # Another tokenizer's rewards lie where the text does: four spaces are four of the seven bytes.
+    of_letters = ChatEncoder(byte_level(258, []))
+    tokens = of_letters.token_texts(of_letters.text_ids("a    re"))
+    values = {"rewards": [1.0 if token == " " else 0.0 for token in tokens]}
+    assert carry(tokens, False, values, encoder, vocabulary) == (ids[:4], {"rewards": [0.0, 4.0, 0.0, 0.0]})
+    doctor = Vocabulary.of(of_letters)
+    read = Translation(vocabulary, doctor, len(names)).read(vocabulary.spell(ids), of_letters.text_ids)
+    assert doctor.spell(read) == b"a    re  b"
 
 
 def test_tokens_that_are_no_bytes_are_refused() -> None:

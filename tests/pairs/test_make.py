@@ -65,6 +65,26 @@ def test_answers_that_differ_in_blanks_only_are_no_pair(
     assert [pair.chosen for pair in load_preferences(str(tmp_path / "p.jsonl"))] == ["eee"]
 
 
+def test_a_cut_character_is_no_part_of_an_answer(
+    patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither scored nor stored; what a whole answer ends with is its own, and what has nothing else is none."""
+    cut = answer("eee\ufffd\ufffd", "length")
+    answers_are(monkeypatch, [[cut, answer("a\ufffd")], [answer("\ufffd", "length"), answer("e")]])
+    scored: list[str] = []
+
+    def kept(texts: Sequence[str]) -> list[float]:
+        scored.extend(texts)
+        return count_e(texts)
+
+    judge, two = Scorer("e", kept, "more e than a"), replace(OPTIONS, samples=2)
+    recipe = make_pairs(patient, PROMPTS[:2], tmp_path / "p.jsonl", judge=judge, options=two)
+    assert scored == ["eee", "a\ufffd"]
+    assert recipe["pairs"] == 1
+    (made,) = load_preferences(tmp_path / "p.jsonl")
+    assert (made.chosen, made.rejected, made.chosen_complete) == ("eee", "a\ufffd", False)
+
+
 def test_best_and_worst_by_the_scorer(patient: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores 1, 3, −2, 0 (plus a thousandth a character): the second is chosen, the third, which was cut, rejected."""
     answers = [answer("xe"), answer("eee"), answer("aa", "length"), answer("x")]
@@ -86,12 +106,13 @@ def test_real_answers_are_the_patients_own(patient: LoadedModel, tmp_path: Path)
     assert len(made) == 7
     decoder = GuidedDecoder(patient)
     for place, (item, prompt) in enumerate(zip(made, PROMPTS, strict=True)):
-        texts = [
+        drawn = [
             decoder.generate(
                 [Request(prompt.messages, sampling=SamplingParams(max_new_tokens=10, seed=(place << 16) + draw))]
-            )[0].text
+            )[0]
             for draw in range(4)
         ]
+        texts = [one.text if one.finish_reason == "stop" else one.text.rstrip("\ufffd") for one in drawn]
         usable = [text for text in texts if text.strip()]
         # Stable: of equal scores the first is the worst and the last the best.
         scored = sorted(usable, key=lambda text: count_e([text])[0])

@@ -18,6 +18,7 @@ from tests.killing import JobServer
 from tests.tiny import FACES, acquire, naive_logps, pair, some_pairs
 
 from llmdoctor.data.chat import ChatEncoder
+from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards import acquire as acquire_module
@@ -253,7 +254,9 @@ def test_progress_counts_every_pair_once(shared_model: LoadedModel, tmp_path: Pa
 
 def test_options_that_let_no_pair_through_may_be_mended(shared_model: LoadedModel, tmp_path: Path) -> None:
     nothing = ScoringOptions(max_prompt_length=3, too_long="skip")
-    with pytest.raises(UserError, match="every pair was skipped, so there are no rewards; allow longer prompts"):
+    with pytest.raises(
+        UserError, match=r"every pair was skipped \(5 too long\), so there are no rewards; allow longer prompts"
+    ):
         acquire(shared_model, some_pairs(5), tmp_path / "s", scoring=nothing)
     store = acquire(shared_model, some_pairs(5), tmp_path / "s", scoring=replace(nothing, max_prompt_length=300))
     assert len(store) == 5
@@ -335,6 +338,8 @@ def test_other_data_is_refused(shared_model: LoadedModel, tmp_path: Path, case: 
         acquire(shared_model, pairs, store.folder, rescore=rescore, theta=0.6 if rescore else 0.5)
     assert both_sides(caught.value)
     assert len(list((store.folder / "logps").iterdir())) == math.ceil(count / 8)
+    assert RewardStore.open(store.folder).manifest == store.manifest, "what was finished is finished still"
+    assert acquire(shared_model, some_pairs(count), store.folder).manifest == store.manifest
 
 
 def test_what_are_no_faces_and_no_pairs(shared_model: LoadedModel, tmp_path: Path) -> None:
@@ -344,6 +349,80 @@ def test_what_are_no_faces_and_no_pairs(shared_model: LoadedModel, tmp_path: Pat
     for pairs in ("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]):
         with pytest.raises(UserError, match="pairs must be PreferencePairs, as load_preferences gives them, got "):
             acquire(shared_model, pairs, tmp_path / "s")
+
+
+def test_pairs_of_several_dimensions_are_refused(shared_model: LoadedModel, tmp_path: Path) -> None:
+    """PKU-SafeRLHF has both of each row, and they may be each other's opposites. No label is no other dimension."""
+    helpful = [replace(item, dimension="helpful") for item in some_pairs(3)]
+    harmless = [replace(item, dimension="harmless") for item in some_pairs(2, seed=1)]
+    message = r"several dimensions \(harmless and helpful\), .*: choose it with --dimension NAME"
+    with pytest.raises(UserError, match=message):
+        acquire(shared_model, [*helpful, *harmless], tmp_path / "s")
+    assert not (tmp_path / "s" / "logps").exists(), "told before anything was scored"
+    store = acquire(shared_model, [*helpful, *some_pairs(1, seed=1)], tmp_path / "s")
+    assert len(store) == 4
+    with pytest.raises(UserError, match=message):
+        acquire(shared_model, [*helpful, *harmless], store.folder)
+    assert RewardStore.open(store.folder).manifest == store.manifest
+
+
+def test_what_is_cut_is_counted_and_pairs_that_become_the_same_are_left_out(
+    shared_model: LoadedModel, tmp_path: Path
+) -> None:
+    """The cut takes the whole difference of the second pair, and the end of one response of the third."""
+    pairs = [pair("the cat", "the dog"), pair(LONG + "yes", LONG + "no"), pair("the dog ran", LONG)]
+    scoring = ScoringOptions(max_completion_length=10)
+    store = acquire(shared_model, pairs, tmp_path / "s", scoring=scoring)
+    assert [row["index"] for row in store.rows()] == [0, 2]
+    counts = {name: store.manifest[name] for name in ("pairs", "skipped", "skipped_for", "cut")}
+    assert counts == {"pairs": 2, "skipped": 1, "skipped_for": {"with equal responses": 1}, "cut": 1}
+    assert acquire(shared_model, pairs, store.folder, scoring=scoring).manifest == store.manifest
+    whole = acquire(shared_model, pairs, tmp_path / "whole", scoring=ScoringOptions(max_completion_length=None))
+    assert (whole.manifest["pairs"], whole.manifest["skipped"], whole.manifest["cut"]) == (3, 0, 0)
+
+
+def test_shards_of_an_earlier_version_are_counted(shared_model: LoadedModel, tmp_path: Path) -> None:
+    """They say how many prompts were too long, and not what was cut."""
+    scoring = ScoringOptions(max_completion_length=10, max_prompt_length=60, too_long="skip")
+    pairs = [pair("the cat", LONG), pair("a", "b", prompt=LONG), pair("the cat", "the dog")]
+    store = acquire(shared_model, pairs, tmp_path / "s", scoring=scoring)
+    assert (store.manifest["skipped_for"], store.manifest["cut"]) == ({"too long": 1}, 1)
+    shard = store.folder / "logps" / "00000.parquet"
+    table = pq.read_table(shard)
+    made_of = table.schema.metadata[b"made_of"]
+    pq.write_table(table.replace_schema_metadata({"made_of": made_of, "skipped": "1"}), shard)
+    assert acquire(shared_model, pairs, store.folder, scoring=scoring).manifest == store.manifest
+
+
+def test_a_pairs_own_system_prompt_counts(shared_model: LoadedModel, tmp_path: Path) -> None:
+    """A face replaces it, but whoever learns from the pair reads it."""
+    prompt = ({"role": "system", "content": LONG * 10}, {"role": "user", "content": "Hello there"})
+    pairs = [*some_pairs(2), PreferencePair(prompt, "the cat", "the dog")]
+    with pytest.raises(
+        UserError, match=r"pair 3 \('Hello there' …\) has a prompt of \d+ tokens, with its own system prompt, more than"
+    ):
+        acquire(shared_model, pairs, tmp_path / "s")
+    store = acquire(shared_model, pairs, tmp_path / "s", scoring=ScoringOptions(too_long="skip"))
+    assert (len(store), store.manifest["skipped_for"]) == (2, {"too long": 1})
+
+
+def test_a_conversation_that_the_template_refuses(shared_model: LoadedModel, tmp_path: Path) -> None:
+    strict = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    tokenizer = shared_model.tokenizer.__class__.from_pretrained(shared_model.spec)
+    tokenizer.chat_template = strict + tokenizer.chat_template
+    patient = replace(shared_model, tokenizer=tokenizer)
+    turns = tuple({"role": "user", "content": text} for text in ("Hi", "Are you there?", "Hello there"))
+    pairs = [*some_pairs(9), PreferencePair(turns, "the cat", "the dog"), *some_pairs(2, seed=1)]
+    with pytest.raises(
+        UserError,
+        match=r"pair 10 \('Hello there' …\): the chat template refuses .*roles must alternate; .*--on-bad skip",
+    ):
+        acquire(patient, pairs, tmp_path / "s")
+    store = acquire(patient, pairs, tmp_path / "s", on_bad="skip")
+    assert [row["index"] for row in store.rows()] == [*range(9), 10, 11]
+    assert (store.manifest["skipped"], store.manifest["skipped_for"]) == (1, {"refused": 1})
+    with pytest.raises(UserError, match="on_bad must be 'error' or 'skip', got 'auto'"):
+        acquire(patient, pairs, tmp_path / "s", on_bad="auto")
 
 
 def test_damaged_files_are_named_and_can_be_made_again(shared_model: LoadedModel, tmp_path: Path) -> None:

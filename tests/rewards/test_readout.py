@@ -14,6 +14,7 @@ from tests.tiny import pair, some_pairs
 from torch.nn.functional import softplus
 from transformers import GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
+from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.readout import (
@@ -198,8 +199,20 @@ def test_bad_input(shared_model: LoadedModel) -> None:
         fit_readout(shared_model, some_pairs(9))
     with pytest.raises(UserError, match=r"layers must lie in 0 … 2 .*got \[1, 3\]"):
         fit_readout(shared_model, some_pairs(12), layers=[1, 3])
-    with pytest.raises(UserError, match=r"tokens do not fit into the context of \d+"):
+    with pytest.raises(UserError, match=r"pair 13 has \d+ tokens with its prompt, more than the context of 512 of "):
         fit_readout(shared_model, [*some_pairs(12), pair("a" * 9000, "b")], max_completion_length=None)
+    with pytest.raises(UserError, match=r"pair 13 \('' …\): a prompt must end with a user turn; mend it or take it"):
+        fit_readout(shared_model, [*some_pairs(12), PreferencePair((), "a", "b")])
+    labelled = [replace(item, dimension="kind" if number % 2 else "brief") for number, item in enumerate(some_pairs(9))]
+    with pytest.raises(UserError, match=r"several dimensions \(brief and kind\), .*--dimension NAME"):
+        fit_readout(shared_model, labelled)
+
+
+def test_an_answer_that_does_not_fit_is_named(shared_model: LoadedModel) -> None:
+    judge = fit_readout(shared_model, some_pairs(12))
+    prompt = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(UserError, match=r"answer 2 has \d+ tokens with its prompt, more than the context of 512 of "):
+        judge.score([prompt] * 2, ["a", "a" * 9000])
 
 
 def test_no_layer_above_the_wanted_one_runs(

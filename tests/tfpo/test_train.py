@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llmdoctor.baselines.genarm import train_genarm
+from llmdoctor.data.preferences import PreferencePair
 from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
@@ -23,6 +24,7 @@ from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import digest
 from llmdoctor.models.doctor import Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel
+from llmdoctor.rewards.acquire import _ShardWriter
 from llmdoctor.rewards.store import SIDES, RewardStore
 from llmdoctor.tfpo.checkpoints import last_checkpoint
 from llmdoctor.tfpo.config import TFPOConfig
@@ -275,6 +277,20 @@ def test_pairs_that_a_base_cannot_read_are_told_before_anything_is_read(
     assert not (tmp_path / "d").exists()
     settings = checkpointed(tmp_path / "d", max_steps=1, max_prompt_length=4)
     assert train_doctor(load(small), store, settings, rounds=PAIRS, options=OPTIONS).is_dir()
+
+
+def test_the_patient_itself_cannot_read_every_pair_as_a_base(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """It has read the pair under faces, which replace the pair's own long system prompt; so earlier versions let it."""
+    model = save_tiny(tmp_path / "model", tiny_tokenizer, context=128)
+    prompt = ({"role": "system", "content": "the cat sat on the mat " * 40}, {"role": "user", "content": "Hi"})
+    pairs = [*some_pairs(3), PreferencePair(prompt, "the cat", "the dog")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ShardWriter, "_too_long", lambda *_: "")
+        store = acquire(load(model), pairs, tmp_path / "store")
+    with pytest.raises(
+        UserError, match=r"pair 4 has a prompt of \d+ and a response of \d+ tokens, more than .* of 128: "
+    ):
+        train_doctor(load(model), store, checkpointed(tmp_path / "d"), rounds=PAIRS, options=OPTIONS)
 
 
 def test_a_base_that_keeps_its_weights_the_other_way_round(

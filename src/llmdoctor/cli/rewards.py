@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -25,7 +25,7 @@ from llmdoctor.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from llmdoctor.data.preferences import PreferenceSource
+    from llmdoctor.data.preferences import OnBad, PreferenceSource
 
 PairsOption = Annotated[
     str,
@@ -64,6 +64,17 @@ DimensionOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="At most so many pairs.", rich_help_panel="Data")]
+OnBadOption = Annotated[
+    str,
+    typer.Option(
+        "--on-bad",
+        metavar="POLICY",
+        help="What to do with a row that cannot be used: error stops there; skip leaves it out and counts it, a "
+        "conversation that the chat template refuses as well; auto stops, but leaves out pairs of the published sets "
+        "that teach nothing.",
+        rich_help_panel="Data",
+    ),
+]
 _Rescore = Annotated[
     bool,
     typer.Option(
@@ -90,6 +101,7 @@ def rewards(
     split: SplitOption = "train",
     dimension: DimensionOption = None,
     limit: LimitOption = None,
+    on_bad: OnBadOption = "auto",
     reward_options: Annotated[dict[str, Any], FieldsOf("llmdoctor.rewards.acquire", "RewardOptions", panel="Rewards")],
     rescore: _Rescore = False,
     scoring_options: _ScoringOptions,
@@ -108,7 +120,9 @@ def rewards(
     check_output(output, folder=True)
     from llmdoctor.data.preferences import load_preferences
 
-    source = load_preferences(pairs, split=split, format=source_format, dimension=dimension, limit=limit)
+    source = load_preferences(
+        pairs, split=split, format=source_format, dimension=dimension, limit=limit, on_bad=cast("OnBad", on_bad)
+    )
     from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards, check_settings
 
     scoring, rewarding = ScoringOptions(**scoring_options), RewardOptions(**reward_options)
@@ -127,6 +141,7 @@ def rewards(
             scoring=scoring,
             rewards=rewarding,
             rescore=rescore,
+            on_bad="skip" if on_bad == "skip" else "error",
             progress=step.advance,
         )
     _summarise(run, store.manifest, time.perf_counter() - start, resumed)
@@ -139,9 +154,11 @@ def count_pairs(run: Run, source: PreferenceSource) -> int | None:
     """The number of pairs, for the time left; a bad line is found here, before hours of work. None: not known."""
     if not (Path(source.name).expanduser().exists() or source.name.startswith("builtin:")):
         return None
+    from llmdoctor.rewards.intake import checked
+
     with run.progress.step("reading the pairs", unit="pairs") as step:
         total = 0
-        for _ in source:
+        for _ in checked(source):
             total += 1
             step.advance()
     return total
@@ -153,8 +170,15 @@ def _summarise(run: Run, manifest: dict[str, Any], seconds: float, resumed: bool
     tokens, kept = manifest["tokens"], manifest["kept_tokens"]
     # Tokens of an earlier run would flatter this one's speed.
     speed = "" if resumed else f" ({tokens / seconds:,.0f} tokens/s)"
-    skipped = f" ({count(manifest['skipped'])} skipped)" if manifest["skipped"] else ""
+    reasons = ", ".join(f"{count(pairs)} {reason}" for reason, pairs in manifest["skipped_for"].items())
+    skipped = f" ({count(manifest['skipped'])} skipped: {reasons})" if reasons else ""
     run.say(
         f"{count(manifest['pairs'])} pairs{skipped}, {count(tokens)} tokens, {percent(kept / max(1, tokens), 1)} of "
         f"them kept, {duration(seconds)}{speed}"
     )
+    if manifest["cut"]:
+        most = manifest["scoring_options"]["max_completion_length"]
+        run.say(
+            f"of {count(2 * manifest['pairs'])} responses {count(manifest['cut'])} were cut at {most} tokens "
+            "(--max-completion-length), and nothing is learned of what comes behind"
+        )

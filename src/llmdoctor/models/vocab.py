@@ -379,10 +379,14 @@ class Translation:
 def _spellings(tokenizer: Any, encoder: ChatEncoder) -> tuple[list[bytes | None], list[str]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kinds = _decoder_kinds(json.loads(backend.to_str()).get("decoder")) if backend is not None else set()
+    read: Callable[[str], bytes | None]
+    added: Callable[[str], bytes]
     if "ByteLevel" in kinds:
-        read = _byte_level_reader()
+        # Whoever adds a token writes it as it reads.
+        read, added = _byte_level_reader(), str.encode
     elif kinds & {"ByteFallback", "Metaspace"}:
-        read = _sentencepiece_bytes
+        # The decoder makes spaces of "▁" wherever a token is from.
+        read = added = _sentencepiece_bytes
     else:
         raise UserError(
             f"the tokens of a {type(tokenizer).__name__} cannot be read as bytes: expected byte-level BPE or "
@@ -396,7 +400,7 @@ def _spellings(tokenizer: Any, encoder: ChatEncoder) -> tuple[list[bytes | None]
         spelled[index], names[index] = read(name), name
     for index, token in tokenizer.added_tokens_decoder.items():
         written = token.content in encoder.template and len(token.content) > 1 and not token.content.isspace()
-        spelled[index] = None if token.special or written else token.content.encode()
+        spelled[index] = None if token.special or written else added(token.content)
     for index in {*tokenizer.all_special_ids, *encoder.stop_ids}:
         if index < size:
             spelled[index] = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,8 @@ def _under(prompt: Prompt, face: str) -> tuple[Any, ...]:
 def _choose(
     prompt: Prompt, answers: Sequence[Completion], judge: Scorer | FacePair, options: PairOptions
 ) -> PreferencePair | None:
-    usable = [answer for answer in answers if answer.text.strip() and answer.finish_reason != "error"]
+    whole = [_whole_characters(answer) for answer in answers if answer.finish_reason != "error"]
+    usable = [answer for answer in whole if answer.text.strip()]
     if len(usable) < 2:
         return None
     if isinstance(judge, FacePair):
@@ -249,3 +250,8 @@ def _choose(
         chosen_complete=best.finish_reason == "stop",
         rejected_complete=worst.finish_reason == "stop",
     )
+
+
+def _whole_characters(answer: Completion) -> Completion:
+    """The answer without the part of a character that a length limit may leave at its end."""
+    return answer if answer.finish_reason == "stop" else replace(answer, text=answer.text.rstrip("\ufffd"))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.rewards.face_scorer import FaceScorer
 from llmdoctor.rewards.faces import FacePair
+from llmdoctor.rewards.intake import checked, named
 from llmdoctor.rewards.scoring import density_threshold, token_importance, token_rewards
 from llmdoctor.rewards.store import (
     LOGPS_SCHEMA,
@@ -44,6 +46,9 @@ from llmdoctor.rewards.store import (
 )
 
 LOGPS_FOLDER = "logps"
+TOO_LONG, REFUSED, SAME = "too long", "refused", "with equal responses"
+"""Why a pair was left out."""
+
 _ANEW = "Delete that file and give the same command again: its pairs are scored anew."
 
 Progress = Callable[[int], None]
@@ -55,7 +60,7 @@ class ScoringOptions:
     """How pairs become log-likelihoods. A change of any of these needs the patient again.
 
     Attributes:
-        max_prompt_length: longest prompt in tokens under either face; None is the patient's context.
+        max_prompt_length: longest prompt in tokens, under either face or as it stands; None is the patient's context.
         max_completion_length: longer responses are cut there and lose their terminal state; None cuts nothing.
         too_long: what to do with a prompt that does not fit: "error" or "skip" (counted).
         batch_tokens: padded completion and prompt tokens in one forward pass; bounds memory, and changes nothing else
@@ -116,6 +121,7 @@ def acquire_rewards(
     scoring: ScoringOptions | None = None,
     rewards: RewardOptions | None = None,
     rescore: bool = False,
+    on_bad: str = "error",
     progress: Progress | None = None,
 ) -> RewardStore:
     """Compute token rewards of `pairs` into the folder `output`, going on where an earlier run stopped.
@@ -127,18 +133,22 @@ def acquire_rewards(
         faces: the two system prompts.
         scoring, rewards: options; their defaults if None.
         rescore: allow other reward options than a finished run in `output` had.
+        on_bad: what to do with a pair that is no text to the patient, such as a conversation that the chat template
+            refuses: "error" or "skip" (counted).
         progress: called with the number of pairs finished.
 
     Raises:
         FingerprintMismatch: `output` was made from another patient, data, faces or options.
-        UserError: no pairs, or one that does not fit the patient's context.
+        UserError: no pairs, pairs of several dimensions, or one that does not fit the patient's context or is refused.
     """
+    if on_bad not in ("error", "skip"):
+        raise UserError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
     if not isinstance(faces, FacePair):
         raise UserError(f"faces must be one pair of faces, such as face_pairs('positive')[0], got {faces!r:.80}")
     folder, scoring, rewards = Path(output), scoring or ScoringOptions(), rewards or RewardOptions()
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
     manifest = _prepare_manifest(folder, patient, encoder, faces, scoring, rewards, rescore)
-    writer = _ShardWriter(folder, patient, encoder, faces, scoring)
+    writer = _ShardWriter(folder, patient, encoder, faces, scoring, on_bad)
     stored_data = manifest["fingerprint"].get("data")
     shards: list[str] = []
     for index, block in enumerate(_blocks(pairs, scoring.shard_size)):
@@ -150,9 +160,13 @@ def acquire_rewards(
     data = digest(shards)
     if stored_data not in (None, data):
         raise _other_data(folder, stored_data, data)
-    statistics = _finish_rewards(folder, len(shards), rewards)
+    if not manifest["complete"]:
+        # Not before the pairs are known to be those of the folder: a finished one stays what it is.
+        write_json(folder / MANIFEST_NAME, manifest)
+    statistics = _finish_rewards(folder, len(shards), rewards, writer.skipped)
     manifest["fingerprint"]["data"] = data
-    manifest.update(statistics, shards=len(shards), skipped=writer.skipped, complete=True)
+    manifest.update(statistics, shards=len(shards), complete=True, cut=writer.cut)
+    manifest.update(skipped=writer.skipped.total(), skipped_for=dict(sorted(writer.skipped.items())))
     write_json(folder / MANIFEST_NAME, manifest)
     return RewardStore.open(folder)
 
@@ -183,18 +197,17 @@ def _prepare_manifest(
         _compare(folder, stored, fingerprint, faces, scoring, rewards, rescore)
         if stored["reward_options"] == asdict(rewards):
             return stored
-        manifest = {**stored, "reward_options": asdict(rewards), "complete": False}
-    else:
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "patient": patient.spec,
-            "fingerprint": fingerprint,
-            "faces": asdict(faces),
-            "scoring_options": asdict(scoring),
-            "reward_options": asdict(rewards),
-            "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
-            "complete": False,
-        }
+        return {**stored, "reward_options": asdict(rewards), "complete": False}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "patient": patient.spec,
+        "fingerprint": fingerprint,
+        "faces": asdict(faces),
+        "scoring_options": asdict(scoring),
+        "reward_options": asdict(rewards),
+        "versions": {name: version(name) for name in ("llmdoctor", "torch", "transformers")},
+        "complete": False,
+    }
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
 
@@ -270,6 +283,7 @@ class _Encoded:
     pair: PreferencePair
     prompts: tuple[list[int], list[int]]
     sides: tuple[Completion, Completion]
+    cut: int
 
     @property
     def length(self) -> int:
@@ -280,12 +294,20 @@ class _ShardWriter:
     """Makes one shard's file, or finds that it stands and was made of the same pairs."""
 
     def __init__(
-        self, folder: Path, patient: LoadedModel, encoder: ChatEncoder, faces: FacePair, options: ScoringOptions
+        self,
+        folder: Path,
+        patient: LoadedModel,
+        encoder: ChatEncoder,
+        faces: FacePair,
+        options: ScoringOptions,
+        on_bad: str,
     ) -> None:
         self.folder = folder / LOGPS_FOLDER
         self.encoder = encoder
         self.options = options
-        self.skipped = 0
+        self.on_bad = on_bad
+        self.skipped: Counter[str] = Counter()
+        self.cut = 0
         self.patient = patient
         self.faces = faces
         self._scorers: tuple[FaceScorer, FaceScorer] | None = None
@@ -303,54 +325,92 @@ class _ShardWriter:
                 others = f"Pairs {block[0][0] + 1} to {block[-1][0] + 1} are others (data, order, dimension or limit)"
                 fix = f"{others}. {_FIX}"
                 raise FingerprintMismatch(str(self.folder.parent), {"pairs": stored}, {"pairs": made_of}, fix)
-            self.skipped += int(metadata.get(b"skipped", b"0"))
+            self._count_stored(block, metadata)
             progress(len(block))
             return made_of
-        encoded = [item for item in (self._encode(number, pair) for number, pair in block) if item is not None]
-        skipped = len(block) - len(encoded)
+        found = [self._encode(number, pair) for number, pair in block]
+        encoded = [item for item in found if isinstance(item, _Encoded)]
+        skipped = Counter(item for item in found if isinstance(item, str))
         if skipped:
-            progress(skipped)
+            progress(skipped.total())
         rows = self._score(encoded, progress)
+        cut = sum(item.cut for item in encoded)
         self.skipped += skipped
+        self.cut += cut
         table = pa.Table.from_pylist(rows, schema=LOGPS_SCHEMA).replace_schema_metadata(
-            {"made_of": made_of, "skipped": str(skipped)}
+            {"made_of": made_of, "skipped": json.dumps(skipped), "cut": str(cut)}
         )
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary)
         return made_of
 
-    def _encode(self, number: int, pair: PreferencePair) -> _Encoded | None:
+    def _count_stored(self, block: Sequence[tuple[int, PreferencePair]], metadata: dict[bytes, bytes]) -> None:
+        """Count what the shard of `block`, which stands, has left out and cut."""
+        skipped = json.loads(metadata.get(b"skipped", b"0"))
+        # Earlier versions left out nothing but what was too long, and did not say what they cut.
+        self.skipped.update(skipped if isinstance(skipped, dict) else {TOO_LONG: skipped} if skipped else {})
+        self.cut += int(metadata[b"cut"]) if b"cut" in metadata else sum(self._sides(pair)[1] for _, pair in block)
+
+    def _encode(self, number: int, pair: PreferencePair) -> _Encoded | str:
+        """The pair as ids, or why it is left out."""
         messages = list(pair.prompt)
-        texts = (self.faces.positive, self.faces.negative)
-        prompts = tuple(self.encoder.prompt_ids(messages, text) for text in texts)
-        cut = self.options.max_completion_length
-        sides = (
-            self.encoder.completion(pair.chosen, pair.chosen_complete, cut),
-            self.encoder.completion(pair.rejected, pair.rejected_complete, cut),
-        )
-        longest = max(map(len, prompts))
-        limit = self.options.max_prompt_length or self.context
-        total = longest + max(len(side.ids) for side in sides)
-        if longest > limit or total > self.context:
-            if self.options.too_long == "skip":
-                return None
-            what = f"a prompt of {longest} tokens, more than {limit}"
-            if longest <= limit:
-                what = f"prompt and response of {total} tokens, more than the patient's context of {self.context}"
-            begin = " ".join(str(pair.prompt[-1]["content"]).split())[:60]
+        try:
+            # A doctor reads the prompt as it stands, whose own system turn a face replaces.
+            prompts = [self.encoder.prompt_ids(messages, system) for system in (*self._texts, None)]
+            sides, cut = self._sides(pair)
+        except UserError as error:
+            if self.on_bad == "skip":
+                return REFUSED
             raise UserError(
-                f"pair {number + 1} ({begin!r} …) has {what}; shorten it or take it out of the data, or set too_long "
+                f"{named(number + 1, pair)}: {error}; mend it or take it out of the data, or set on_bad to 'skip' "
+                "(--on-bad skip) to leave such pairs out"
+            ) from error
+        if too_long := self._too_long(prompts, sides):
+            if self.options.too_long == "skip":
+                return TOO_LONG
+            raise UserError(
+                f"{named(number + 1, pair)} has {too_long}; shorten it or take it out of the data, or set too_long "
                 "to 'skip' to leave such pairs out"
             )
         if not all(side.ids for side in sides):
             raise UserError(f"pair {number + 1} has an empty response that is not complete; there is nothing to score")
-        return _Encoded(number, pair, (prompts[0], prompts[1]), sides)
+        # It prefers nothing, and its tokens would be praised and blamed at once.
+        if sides[0].ids == sides[1].ids:
+            return SAME
+        return _Encoded(number, pair, (prompts[0], prompts[1]), sides, cut)
+
+    @property
+    def _texts(self) -> tuple[str, str]:
+        return self.faces.positive, self.faces.negative
+
+    def _sides(self, pair: PreferencePair) -> tuple[tuple[Completion, Completion], int]:
+        """Both responses, and how many of them were cut."""
+        chosen = self.encoder.completion(pair.chosen, pair.chosen_complete)
+        rejected = self.encoder.completion(pair.rejected, pair.rejected_complete)
+        most = self.options.max_completion_length
+        long = [most is not None and len(side.ids) > most for side in (chosen, rejected)]
+        chosen, rejected = (
+            Completion(side.ids[:most], terminal=False) if cut else side
+            for side, cut in zip((chosen, rejected), long, strict=True)
+        )
+        return (chosen, rejected), sum(long)
+
+    def _too_long(self, prompts: Sequence[list[int]], sides: tuple[Completion, Completion]) -> str:
+        """What does not fit, "" if all does; `prompts` are those under both faces and the pair's own."""
+        longest = max(map(len, prompts))
+        limit = self.options.max_prompt_length or self.context
+        total = longest + max(len(side.ids) for side in sides)
+        own = ", with its own system prompt" if longest > max(map(len, prompts[:2])) else ""
+        if longest > limit:
+            return f"a prompt of {longest} tokens{own}, more than {limit}"
+        if total > self.context:
+            return f"prompt and response of {total} tokens{own}, more than the patient's context of {self.context}"
+        return ""
 
     def _score(self, items: list[_Encoded], progress: Progress) -> list[dict[str, Any]]:
         if items and self._scorers is None:
             head = LogitsHead.for_model(self.patient.model)
-            texts = (self.faces.positive, self.faces.negative)
-            positive, negative = (FaceScorer(self.patient.model, self.encoder, head, text) for text in texts)
+            positive, negative = (FaceScorer(self.patient.model, self.encoder, head, text) for text in self._texts)
             self._scorers = (positive, negative)
         rows: dict[int, dict[str, Any]] = {}
         for batch in _length_batches(items, self.options.batch_tokens):
@@ -382,11 +442,14 @@ class _ShardWriter:
         return [rows[item.index] for item in items]
 
 
-def _finish_rewards(folder: Path, shards: int, options: RewardOptions) -> dict[str, Any]:
+def _finish_rewards(folder: Path, shards: int, options: RewardOptions, skipped: Mapping[str, int]) -> dict[str, Any]:
     """Importance and rewards of all shards into rewards.parquet, whole; returns counts for the manifest."""
     paths = [folder / LOGPS_FOLDER / f"{index:05d}.parquet" for index in range(shards)]
     if not any(map(_rows_in, paths)):
-        raise UserError("every pair was skipped, so there are no rewards; allow longer prompts")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise UserError(
+            f"every pair was skipped ({reasons}), so there are no rewards; allow longer prompts or mend them"
+        )
     theta: float = options.theta
     if options.density is not None and options.density_over == "dataset":
         theta = _dataset_threshold(paths, options)
@@ -435,16 +498,9 @@ def _dataset_threshold(paths: Sequence[Path], options: RewardOptions) -> float:
 
 
 def _blocks(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[tuple[int, PreferencePair]]]:
-    numbered = enumerate(_checked(pairs))
+    numbered = enumerate(checked(pairs))
     while block := list(itertools.islice(numbered, size)):
         yield block
-
-
-def _checked(pairs: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
-    for pair in pairs:
-        if not isinstance(pair, PreferencePair):
-            raise UserError(f"pairs must be PreferencePairs, as load_preferences gives them, got {pair!r:.80}")
-        yield pair
 
 
 def _length_batches(items: Sequence[_Encoded], batch_tokens: int) -> Iterator[list[_Encoded]]:

@@ -36,6 +36,7 @@ from llmdoctor.files import atomic_folder, write_json
 from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import position_ids
+from llmdoctor.rewards.intake import checked, named
 
 SCHEMA_VERSION = 2
 CONFIG_NAME = "readout.json"
@@ -197,14 +198,18 @@ def fit_readout(
         progress: called with the number of pairs read.
 
     Raises:
-        UserError: too few pairs, a layer that the patient does not have, or a pair that does not fit its context.
+        UserError: too few pairs or several dimensions of them, a layer that the patient does not have, or a pair that
+            does not fit its context or that its chat template refuses.
     """
     encoder = ChatEncoder.for_model(patient.model, patient.tokenizer)
     rows: list[IdPair] = []
-    for pair in pairs:
+    for number, pair in enumerate(checked(pairs), 1):
         sides = ((pair.chosen, pair.chosen_complete), (pair.rejected, pair.rejected_complete))
-        chosen, rejected = (encoder.completion(text, whole, max_completion_length).ids for text, whole in sides)
-        rows.append((encoder.prompt_ids(pair.prompt), chosen, rejected))
+        try:
+            chosen, rejected = (encoder.completion(text, whole, max_completion_length).ids for text, whole in sides)
+            rows.append((encoder.prompt_ids(pair.prompt), chosen, rejected))
+        except UserError as error:
+            raise UserError(f"{named(number, pair)}: {error}; mend it or take it out of the data") from error
     return fit_readout_to_ids(patient, rows, layers=layers, ridges=ridges, folds=folds, progress=progress)
 
 
@@ -218,6 +223,8 @@ def fit_readout_to_ids(
     progress: Callable[[int], None] | None = None,
 ) -> Readout:
     """`fit_readout` for pairs in the patient's ids: prompt, preferred answer, other answer."""
+    for number, (prompt, *answers) in enumerate(pairs, 1):
+        _need_room(patient, f"pair {number}", len(prompt) + max(map(len, answers)))
     rows = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
     count = len(pairs)
     check_folds(folds, count)
@@ -368,13 +375,8 @@ def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], lay
 
     An answer without tokens is read at its prompt's last one.
     """
-    context = context_of(patient.model)
-    longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=0)
-    if longest > context:
-        raise UserError(
-            f"a prompt and answer of {longest} tokens do not fit into the context of {context} of {patient.spec}; "
-            "shorten them"
-        )
+    for number, (prompt, answer) in enumerate(rows, 1):
+        _need_room(patient, f"answer {number}", len(prompt) + len(answer))
     decoder, device = patient.model.get_decoder(), patient.model.get_input_embeddings().weight.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     while order:
@@ -402,6 +404,15 @@ def _read(patient: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], lay
             inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": position_ids(seen), "use_cache": False}
             states = _states(decoder, patient.model.config, inputs, layers)
             yield places, [layer[torch.arange(len(places))[:, None], at] for layer in states], mask
+
+
+def _need_room(patient: LoadedModel, name: str, tokens: int) -> None:
+    context = context_of(patient.model)
+    if tokens > context:
+        raise UserError(
+            f"{name} has {tokens} tokens with its prompt, more than the context of {context} of {patient.spec}; "
+            "shorten it or take it out of the data"
+        )
 
 
 class _Enough(Exception):

@@ -266,18 +266,19 @@ def held_out_pairs(pairs: int, eval_fraction: float) -> int:
 
 
 def need_room(base: LoadedModel, rewards: RewardStore, max_prompt_length: int | None = None) -> None:
-    """UserError for a pair that the base cannot read as a whole. The patient, which has read them all, can."""
-    if rewards.fingerprint.get("model") == base.fingerprint["model"]:
-        return
+    """UserError for a pair that the base cannot read as a whole, its prompt as it stands.
+
+    The patient, too, has read it under faces, which replace a system prompt that may be longer.
+    """
     collator = RewardCollator(ChatEncoder.for_model(base.model, base.tokenizer), max_prompt_length)
     context = context_of(base.model)
-    for number, row in enumerate(rewards.rows(), 1):
+    for row in rewards.rows():
         prompt, response = len(collator.prompt_ids(row)), max(len(row[f"{side}_ids"]) for side in SIDES)
         if prompt + response > context:
             raise UserError(
-                f"pair {number} has a prompt of {prompt} and a response of {response} tokens, more than {base.spec}'s "
-                f"context of {context}: give max_prompt_length (the last so many tokens of a prompt are kept), or "
-                "score the pairs again with a smaller max_completion_length"
+                f"pair {row['index'] + 1} has a prompt of {prompt} and a response of {response} tokens, more than "
+                f"{base.spec}'s context of {context}: give max_prompt_length (the last so many tokens of a prompt are "
+                "kept), or score the pairs again with a smaller max_completion_length"
             )
 
 
