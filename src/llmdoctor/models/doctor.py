@@ -191,8 +191,8 @@ class Doctor(nn.Module):
         path: str | Path,
         *,
         base: LoadedModel | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         trust_remote_code: bool = False,
         trainable: bool = False,
     ) -> Doctor:
@@ -210,7 +210,7 @@ class Doctor(nn.Module):
         folder = local_folder(path)
         config = DoctorConfig.load(folder)
         check_whole(folder, config)
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if config.lora:
             from peft import PeftModel
 
@@ -219,7 +219,7 @@ class Doctor(nn.Module):
             lm = PeftModel.from_pretrained(base.model, str(folder / ADAPTER_FOLDER), is_trainable=trainable)
             tokenizer = base.tokenizer
         else:
-            own = load_model(str(folder / MODEL_FOLDER), **options)  # type: ignore[arg-type]
+            own = load_model(str(folder / MODEL_FOLDER), **options)
             lm, tokenizer = own.model, own.tokenizer
             lm.requires_grad_(trainable)
         doctor = cls(lm, tokenizer, config)
