@@ -420,7 +420,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 def test_a_base_makes_one_doctor(tiny_folder: Path) -> None:
     base = load(tiny_folder)
     fresh_doctor(base)
-    with pytest.raises(ValueError, match="carries an adapter already; load the base again for another doctor"):
+    with pytest.raises(UserError, match="carries an adapter already; load the base again for another doctor"):
         fresh_doctor(base)
 
 

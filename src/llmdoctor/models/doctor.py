@@ -22,6 +22,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, digest, write_json, write_text
 from llmdoctor.models.card import model_card
+from llmdoctor.models.context import text_config
 from llmdoctor.models.hub import hub_folder
 from llmdoctor.models.layers import merge_adapter
 from llmdoctor.models.loading import (
@@ -33,6 +34,7 @@ from llmdoctor.models.loading import (
     weights_fingerprint,
 )
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
+from llmdoctor.models.lora import WEIGHTS
 from llmdoctor.models.packing import PackedPairs, can_pack
 
 SCHEMA_VERSION = 1
@@ -132,7 +134,7 @@ class Doctor(nn.Module):
         self.tokenizer = tokenizer
         self.doctor_config = config
         causal = self.causal_lm
-        hidden_size = getattr(causal.config, "get_text_config", lambda: causal.config)().hidden_size
+        hidden_size = text_config(causal).hidden_size
         device = causal.get_output_embeddings().weight.device
         self.value_head = ValueHead(hidden_size, config.value_hidden).to(device)
         self.logits_head = LogitsHead.for_model(causal)
@@ -159,10 +161,10 @@ class Doctor(nn.Module):
             seed: of the adapter's initial weights.
 
         Raises:
-            ValueError: `base` is part of a doctor already.
+            UserError: `base` is part of a doctor already.
         """
         if hasattr(base.model, "peft_config"):
-            raise ValueError(f"{base.spec} carries an adapter already; load the base again for another doctor")
+            raise UserError(f"{base.spec} carries an adapter already; load the base again for another doctor")
         fork = [base.model.device] if base.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=fork):
             torch.manual_seed(seed)
@@ -354,7 +356,7 @@ class Doctor(nn.Module):
         if self.doctor_config.lora:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.lm, load_file(folder / ADAPTER_FOLDER / "adapter_model.safetensors"))
+            set_peft_model_state_dict(self.lm, load_file(folder / ADAPTER_FOLDER / WEIGHTS))
         else:
             own = type(self.lm).from_pretrained(str(folder / MODEL_FOLDER), dtype=self.lm.dtype)
             self.lm.load_state_dict(own.state_dict())
@@ -397,7 +399,7 @@ def load_base(folder: Path, spec: str, **options: Any) -> LoadedModel:
 
 def check_whole(folder: Path, config: DoctorConfig) -> None:
     """UserError where the doctor in `folder` lacks a file."""
-    weights = f"{ADAPTER_FOLDER}/adapter_model.safetensors" if config.lora else f"{MODEL_FOLDER}/config.json"
+    weights = f"{ADAPTER_FOLDER}/{WEIGHTS}" if config.lora else f"{MODEL_FOLDER}/config.json"
     absent = [name for name in (weights, VALUE_HEAD_NAME) if not (folder / name).is_file()]
     if absent:
         raise UserError(f"the doctor {folder} is not whole: it lacks {', '.join(absent)}")
