@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -126,6 +127,9 @@ class Doctor(nn.Module):
     """A small LM trained to tilt a patient, with its tokenizer and what it was made from.
 
     Build one with `Doctor.from_base`, read one with `Doctor.from_pretrained`.
+
+    Attributes:
+        readout: folder of the judge of its rounds, which is copied to where the doctor is saved; None if it has none.
     """
 
     def __init__(self, lm: Any, tokenizer: Any, config: DoctorConfig) -> None:
@@ -140,6 +144,7 @@ class Doctor(nn.Module):
         self.logits_head = LogitsHead.for_model(causal)
         self.encoder = ChatEncoder.for_model(causal, tokenizer)
         self.detach_value = False
+        self.readout: Path | None = None
 
     @classmethod
     def from_base(
@@ -226,6 +231,7 @@ class Doctor(nn.Module):
             lm.requires_grad_(trainable)
         doctor = cls(lm, tokenizer, config)
         doctor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_NAME))
+        doctor.readout = folder / READOUT_FOLDER if (folder / READOUT_FOLDER).is_dir() else None
         return doctor.eval()
 
     @property
@@ -363,9 +369,19 @@ class Doctor(nn.Module):
         self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_NAME))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the doctor as a folder that appears whole or not at all."""
+        """Write the doctor as a folder that appears whole or not at all.
+
+        Raises:
+            UserError: its read-out is no longer where it was.
+        """
+        if self.readout is not None and not self.readout.is_dir():
+            raise UserError(
+                f"the read-out {self.readout} of this doctor is gone: put it back, or set the doctor's readout to None"
+            )
         with atomic_folder(Path(path)) as folder:
             self.save_into(folder)
+            if self.readout is not None:
+                shutil.copytree(self.readout, folder / READOUT_FOLDER)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the doctor's folder to the hub and return the commit's URL."""
