@@ -66,6 +66,29 @@ def test_the_best_of_the_samples_is_kept(patient: LoadedModel, critic: RewardMod
     assert again.token_ids == done[0].token_ids
 
 
+def test_a_request_that_is_given_up_is_not_judged(patient: LoadedModel, critic: RewardModel) -> None:
+    """The second one, after some rounds: the first goes on as it would have, the second ends where it was."""
+    recorder = Recorder(critic)
+    inner = GuidedDecoder(patient)
+    inner.encoder.stop_ids = frozenset()
+    requests = [ask(text, temperature=1.0, seed=seed, max_new_tokens=12) for seed, text in enumerate(TEXTS[:2])]
+    whole = BestOfN(inner, critic, 3).generate(requests)
+    rounds: list[int] = []
+    heard: dict[int, Completion] = {}
+
+    def cancelled(index: int) -> bool:
+        rounds.append(index)
+        return index == 1 and rounds.count(1) > 3 * 5
+
+    done = BestOfN(inner, recorder, 3).generate(requests, on_done=heard.__setitem__, cancelled=cancelled)
+    assert set(rounds) == {0, 1}
+    assert heard == dict(enumerate(done))
+    assert (done[0].token_ids, done[0].kl_bound) == (whole[0].token_ids, whole[0].kl_bound)
+    assert done[1].finish_reason == "cancelled"
+    assert 0 < len(done[1].token_ids) < 12
+    assert len(recorder.asked) == 1
+
+
 def sample(tokens: int, logp: float = -1.0, patient_logp: float = -1.0) -> Completion:
     return Completion(
         "",

@@ -331,7 +331,7 @@ def test_bad_input(tiny_folder: Path, store: RewardStore, tmp_path: Path, monkey
         train_dpo(load(tiny_folder), store, store.folder, OPTIONS)
     used = load(tiny_folder)
     Doctor.from_base(used, lora=lora_arguments(used.model, DoctorOptions()))
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(UserError, match="carries an adapter already"):
         train_dpo(used, store, tmp_path / "dpo", OPTIONS)
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     with pytest.raises(UserError, match=r"DPO is trained by TRL, which is not installed: pip install -e '\.\[bench\]'"):

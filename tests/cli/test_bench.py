@@ -17,7 +17,8 @@ from tests.cli.harness import Cli
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.bench.asking import Asking
-from llmdoctor.cli.bench import _tasks
+from llmdoctor.bench.record import _LEARNING
+from llmdoctor.cli.bench import _SizeOfLearning, _tasks
 from llmdoctor.cli.bench_judge import AskUser
 from llmdoctor.evaluation.chat_endpoint import ChatEndpoint
 from llmdoctor.evaluation.judge_report import CostEstimate
@@ -53,11 +54,16 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def size(tiny_folder: Path, own: Path) -> tuple[object, ...]:
-    """Options of a run far smaller than a smoke run."""
+    """Options of a run far smaller than a smoke run; those of what learns, of what answers and of Transfer-Q*."""
     return (
-        "--patient", tiny_folder, "--prompts", own / "prompts.txt", "--pairs", 12, "--seeds", 1, "--epochs", 1,
-        "--max-new-tokens", 4, "--rollout-tokens", 1, "--transfer-q-prompts", 2,
+        "--patient", tiny_folder, "--pairs", 12, "--seeds", 1, "--epochs", 1,
+        "--prompts", own / "prompts.txt", "--max-new-tokens", 4,
+        "--rollout-tokens", 1, "--transfer-q-prompts", 2,
     )  # fmt: skip
+
+
+LEARNS, ANSWERS = slice(8), slice(12)
+"""The part of `size` that commands take which only learn, and that of those without Transfer-Q*."""
 
 
 class Terminal(io.StringIO):
@@ -102,7 +108,8 @@ def test_a_smoke_run_of_every_subcommand(good: Cli, size: tuple[object, ...], ow
         "human": human,
     }
     for name, more in commands.items():
-        ended = good("bench", name, "--quick", "-o", output, *more, *size)
+        part = {"dynamics": LEARNS, "human": LEARNS, "pareto": ANSWERS, "ablation": ANSWERS}.get(name, slice(None))
+        ended = good("bench", name, "--quick", "-o", output, *more, *size[part])
         assert SMOKE in ended.err, name
         assert "A smoke run: these figures mean nothing." in ended.out
         assert f"results are in {output / name}.json" in ended.out
@@ -143,13 +150,13 @@ def test_all_but_human_labels_take_ones_own_tasks(
     """Two are called after their faces; dynamics, which judge nothing, want no judge."""
     output = tmp_path / "out"
     pairs = two_tasks(own)
-    good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "vader", "--judge", "flesch", *size)
+    good("bench", "pareto", "--quick", "-o", output, *pairs, "--judge", "vader", "--judge", "flesch", *size[ANSWERS])
     assert json.loads((output / "pareto.json").read_text())["tasks"] == ["positive", "readable"]
     more = ("--variant", "no_rounds", "--judge", "vader", "--judge", "flesch")
-    good("bench", "ablation", "--quick", "-o", output, *pairs, *more, *size)
+    good("bench", "ablation", "--quick", "-o", output, *pairs, *more, *size[ANSWERS])
     rows = json.loads((output / "ablation.json").read_text())
     assert {row["task"] for row in rows} == {"positive", "readable"}
-    good("bench", "dynamics", "--quick", "-o", output, *pairs[:4], *size)
+    good("bench", "dynamics", "--quick", "-o", output, *pairs[:4], *size[LEARNS])
     assert {row["task"] for row in json.loads((output / "dynamics.json").read_text())} == {"positive"}
     judges = [task["judge"] for task in json.loads((output / "run.json").read_text())["ablation.json"]["tasks"]]
     assert judges == ["vader", "flesch"]
@@ -164,6 +171,19 @@ def test_without_a_subcommand_it_shows_its_help(cli: Cli) -> None:
     assert (ended.status, ended.err) == (2, "")
     assert "Usage: llmdoctor bench" in ended.out
     assert all(name in ended.out for name in ("table", "frontier", "pareto", "ablation", "dynamics", "human", "report"))
+
+
+@pytest.mark.parametrize("command", ["pareto", "ablation", "dynamics", "human"])
+def test_an_option_that_would_do_nothing_is_none(cli: Cli, command: str) -> None:
+    unheard = ["--rollout-tokens", "--transfer-q-prompts"]
+    if command in ("dynamics", "human"):
+        unheard += ["--prompt-count", "--max-new-tokens", "--batch-size"]
+        (fields,) = _SizeOfLearning.__metadata__
+        assert {setting.name for setting in fields.settings} == {*_LEARNING, "seeds"}, "what is recorded of them"
+    for option in unheard:
+        ended = cli("bench", command, option, 1)
+        assert ended.status == 2
+        assert f"No such option: {option}" in ended.err
 
 
 def test_tasks_of_the_same_faces_are_numbered() -> None:
@@ -270,7 +290,7 @@ def test_unknown_faces(cli: Cli, size: tuple[object, ...], own: Path, tmp_path: 
     task = ("--pairs-from", own / "a.jsonl", "--faces", "happy", "--judge", "vader")
     assert "no faces for the dimension 'happy'" in refused(cli, "table", "-o", tmp_path / "out", *task, *size)
     human = ("--train", own / "a.jsonl", "--validation", own / "b.jsonl", "--faces", "happy")
-    assert "no faces for the dimension 'happy'" in refused(cli, "human", "-o", tmp_path / "out", *human, *size)
+    assert "no faces for the dimension 'happy'" in refused(cli, "human", "-o", tmp_path / "out", *human, *size[LEARNS])
 
 
 def test_a_reward_model_with_two_heads(

@@ -48,7 +48,7 @@ def decoder(patient: LoadedModel, kind: LoadedModel, terse: LoadedModel) -> Guid
 
 def ask(text: str, *, alpha: float = 1.0, betas: dict[str, float] | None = None, **sampling: Any) -> Request:
     params = SamplingParams(**{"max_new_tokens": 12, "temperature": 0.0, **sampling})
-    return Request.from_text(text, alpha=alpha, betas=betas or {}, sampling=params)
+    return Request.from_text(text, alpha=alpha, betas={} if betas is None else betas, sampling=params)
 
 
 def same(one: Completion, other: Completion) -> None:
@@ -231,6 +231,28 @@ def test_patient_as_reference_is_a_reference_loaded_apart(
     assert (len(shared.lanes), len(apart.lanes)) == (2, 3)
     for one, other in zip(shared.generate(requests), apart.generate(requests), strict=True):
         same(one, other)
+
+
+def test_guides_come_from_load_guide(patient: LoadedModel) -> None:
+    doctor = fresh_doctor(patient)
+    for guides, got in ((["runs/doctor"], "str"), ([Path("runs")], "PosixPath"), ([doctor], "Doctor")):
+        with pytest.raises(UserError, match=rf"a guide must be what load_guide\(.*\) gives, got a {got}; "):
+            GuidedDecoder(patient, guides)  # type: ignore[arg-type]
+    for alone, got in (("runs/doctor", "str"), (doctor, "Doctor"), (Guide("kind", patient), "Guide")):
+        with pytest.raises(UserError, match=rf"guides must be a list of what load_guide\(.*\) gives, got a {got}$"):
+            GuidedDecoder(patient, alone)  # type: ignore[arg-type]
+
+
+def test_without_betas_all_doctors_guide(decoder: GuidedDecoder) -> None:
+    """As with β = 1 each; an empty mixture is the patient alone."""
+    plain = ask("the cat", temperature=1.0, seed=3)
+    left_out, ones, alone = decoder.generate(
+        [replace(plain, betas=None), replace(plain, betas={"kind": 1.0, "terse": 1.0}), plain]
+    )
+    same(left_out, ones)
+    assert left_out.kl != 0
+    assert alone.kl == pytest.approx(0, abs=1e-4)
+    assert decoder.generate([replace(plain, betas=None)])[0].guide_forwards > 0
 
 
 def test_a_doctor_equal_to_its_reference_changes_nothing(patient: LoadedModel) -> None:

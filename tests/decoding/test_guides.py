@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tests.tiny import OTHER_CORPUS, byte_level, fresh_doctor, load, save_tiny, shaken
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +16,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.guides import Guide, lanes_of, load_guide
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,16 @@ def test_load_guide(tiny_folder: Path, tmp_path: Path, patient: LoadedModel) -> 
     assert reference.fingerprint == patient.fingerprint
     with pytest.raises(UserError, match="form must be one of ratio, product, got 'sum'"):
         load_guide(tmp_path / "doctor", patient, form="sum", **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_loaded_works_as_the_patient_does(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
+    """One of the two is not what auto means here; what is asked for is heard."""
+    shaken(fresh_doctor(load(tiny_folder), dimension="kind")).save_pretrained(tmp_path / "doctor")
+    patient = load_model(tiny_folder, dtype=dtype, device="cpu")
+    patient.fingerprint["model"] = "another"
+    assert str(load_guide(tmp_path / "doctor", patient).model.model.dtype) == f"torch.{dtype}"
+    assert load_guide(tmp_path / "doctor", patient, dtype=torch.float16).model.model.dtype == torch.float16
 
 
 def test_a_whole_doctors_reference_is_what_it_was_trained_on(

@@ -151,5 +151,5 @@ def test_forwards(tiny_folder: Path, form: str, lanes: int) -> None:
     requests = [Request.from_text(text, betas={"kind": 1.0}, sampling=sampling) for text in ("Hi", "the cat")]
     for done in GuidedDecoder(patient, [kind]).generate(requests):
         assert (done.patient_forwards, done.guide_forwards) == (len(done.token_ids), lanes * len(done.token_ids))
-    done = GuidedDecoder(patient, [kind]).generate([Request.from_text("Hi", sampling=sampling)])[0]
+    done = GuidedDecoder(patient, [kind]).generate([Request.from_text("Hi", betas={}, sampling=sampling)])[0]
     assert (done.patient_forwards, done.guide_forwards, done.kl_bound) == (len(done.token_ids), 0, None)

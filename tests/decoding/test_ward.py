@@ -443,7 +443,9 @@ def test_who_is_not_guided_draws_the_same_beside_a_doctor_of_fewer_tokens(
     doctor = load_model(str(tiny_folder), dtype="float32", device="cpu")
     decoder = GuidedDecoder(wide, [Guide("g", doctor)])
     decoder.encoder.stop_ids = frozenset()
-    asked = [Request.from_text("Hi", sampling=SamplingParams(max_new_tokens=20, seed=seed)) for seed in range(6)]
+    asked = [
+        Request.from_text("Hi", betas={}, sampling=SamplingParams(max_new_tokens=20, seed=seed)) for seed in range(6)
+    ]
     guided = Request.from_text("Hi", betas={"g": 1.0}, sampling=SamplingParams(max_new_tokens=20))
     together = decoder.generate([*asked, guided])[:6]
     for one, other in zip(decoder.generate(asked), together, strict=True):

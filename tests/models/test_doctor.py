@@ -362,6 +362,25 @@ def test_the_folder_appears_whole_or_not_at_all(
     assert [path.name for path in tmp_path.iterdir()] == ["doctor"]
 
 
+def test_its_read_out_goes_with_it(tiny_folder: Path, tmp_path: Path) -> None:
+    """Over itself, too; a doctor without one leaves none behind."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    fresh_doctor(load(tiny_folder)).save_pretrained(one)
+    plain = Doctor.from_pretrained(one, base=load(tiny_folder))
+    (one / "readout").mkdir()
+    (one / "readout" / "readout.json").write_text("the judge")
+    doctor = Doctor.from_pretrained(one, base=load(tiny_folder))
+    for folder in (other, one):
+        doctor.save_pretrained(folder)
+        assert (folder / "readout" / "readout.json").read_text() == "the judge"
+    plain.save_pretrained(other)
+    assert not (other / "readout").exists()
+    (one / "readout").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"the read-out .*readout of this doctor is gone: put it back"):
+        doctor.save_pretrained(other)
+    assert (other / "doctor.json").is_file()
+
+
 def test_push_to_hub_uploads_the_folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -420,7 +439,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 def test_a_base_makes_one_doctor(tiny_folder: Path) -> None:
     base = load(tiny_folder)
     fresh_doctor(base)
-    with pytest.raises(ValueError, match="carries an adapter already; load the base again for another doctor"):
+    with pytest.raises(UserError, match="carries an adapter already; load the base again for another doctor"):
         fresh_doctor(base)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from llmdoctor.models.loading import (
     LoadedModel,
     load_model,
     need_one_gpu,
+    placement_of,
     split_revision,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -456,6 +458,27 @@ def test_a_folder_may_have_an_at_sign(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 # Dtypes and devices
+
+
+def test_torchs_own_dtypes_and_devices_will_do(saved: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = load_model(str(saved), dtype=dtype, device=torch.device("cpu"))
+        assert (loaded.model.dtype, loaded.fingerprint["dtype"]) == (dtype, str(dtype).removeprefix("torch."))
+    with pytest.raises(UserError, match="Unknown dtype 'int8'; expected auto"):
+        load_model(str(saved), dtype=torch.int8)
+    with pytest.raises(UserError, match="Unknown device 'meta'; expected auto"):
+        load_model(str(saved), device=torch.device("meta"))
+
+
+def test_placement_is_the_models_own_where_it_lies_on_one_device() -> None:
+    def spread(*devices: str) -> Any:
+        parameters = [SimpleNamespace(device=torch.device(device)) for device in devices]
+        return SimpleNamespace(model=SimpleNamespace(parameters=lambda: iter(parameters), dtype=torch.float16))
+
+    assert placement_of(spread("cpu", "cpu")) == {"dtype": torch.float16, "device": "cpu"}
+    assert placement_of(spread("mps:0"))["device"] == "mps"
+    assert placement_of(spread("cuda:1", "cuda:1"))["device"] == "cuda:1"
+    assert placement_of(spread("cuda:0", "cuda:1")) == {"dtype": torch.float16, "device": "auto"}
 
 
 def test_unknown_dtype(saved: Path) -> None:

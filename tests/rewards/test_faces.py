@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from llmdoctor.errors import UserError
-from llmdoctor.rewards.faces import FacePair, available_dimensions, face_pairs
+from llmdoctor.rewards.faces import FacePair, _shipped, face_pairs
 
 PROMISED = {"helpful", "harmless", "honest", "polite", "positive", "concise", "readable"}
 
 
 def test_every_promised_dimension_ships() -> None:
-    assert set(available_dimensions()) >= PROMISED
+    assert set(_shipped()) >= PROMISED
 
 
-@pytest.mark.parametrize("dimension", available_dimensions())
+@pytest.mark.parametrize("dimension", sorted(_shipped()))
 def test_a_shipped_dimension_has_three_paraphrases_all_different(dimension: str) -> None:
     pairs = face_pairs(dimension)
     assert [pair.name for pair in pairs[:3]] == [dimension, f"{dimension}#2", f"{dimension}#3"]

@@ -23,9 +23,10 @@ from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import FingerprintMismatch, UserError
 from llmdoctor.files import digest
 from llmdoctor.models.doctor import Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.loading import LoadedModel, load_model
 from llmdoctor.rewards.acquire import _ShardWriter
 from llmdoctor.rewards.store import SIDES, RewardStore
+from llmdoctor.tfpo import train
 from llmdoctor.tfpo.checkpoints import last_checkpoint
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.options import RECORDED, DoctorOptions, lora_arguments, recorded
@@ -46,6 +47,25 @@ OPTIONS = DoctorOptions(lora_rank=2, eval_fraction=0.25)
 def checkpointed(folder: Path, **options: Any) -> TFPOConfig:
     steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch", "per_device_train_batch_size": 1}
     return config(folder, **{**steps, "num_train_epochs": 2, **options})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_patient_that_is_not_given_is_loaded_as_the_base_is(
+    tiny_folder: Path, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    class Loaded(Exception):
+        """Far enough."""
+
+    def load_it(spec: str, **options: Any) -> LoadedModel:
+        raise Loaded(load_model(spec, **options))
+
+    monkeypatch.setattr(train, "load_model", load_it)
+    base = load_model(tiny_folder, dtype=dtype, device="cpu")
+    with pytest.raises(Loaded) as found:
+        train_doctor(base, store, checkpointed(tmp_path / "doctor"), rounds=RoundOptions(rounds=1), options=OPTIONS)
+    (patient,) = found.value.args
+    assert (patient.spec, str(patient.model.dtype)) == (str(tiny_folder), f"torch.{dtype}")
+    assert patient.model.device.type == "cpu"
 
 
 def test_train_doctor_writes_a_doctor(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:

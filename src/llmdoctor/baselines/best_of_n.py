@@ -50,9 +50,19 @@ class BestOfN:
         self.n = n
 
     def generate(
-        self, requests: Iterable[Request], *, on_done: Callable[[int, Completion], None] | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
     ) -> list[Completion]:
         """The best of n samples of each request; sample i of a request has a seed made of the request's and i.
+
+        Args:
+            requests: as the inner decoder takes them.
+            on_done: called with a request's index and its completion as soon as it is chosen.
+            cancelled: as of `GuidedDecoder.generate`, which the inner decoder must then be. A request that is given up
+                before all its samples are done is not judged: it ends as the longest sample that was cut.
 
         Raises:
             UserError: temperature 0, where all samples are one.
@@ -73,10 +83,17 @@ class BestOfN:
                 if on_done:
                     on_done(which, best[which])
 
-        self.inner.generate([sample for request in asked for sample in _copies(request, self.n)], on_done=arrived)
+        copies = [sample for request in asked for sample in _copies(request, self.n)]
+        if cancelled is None:
+            self.inner.generate(copies, on_done=arrived)
+        else:
+            decoder: Any = self.inner
+            decoder.generate(copies, on_done=arrived, cancelled=lambda index: cancelled(index // self.n))
         return [best[which] for which in range(len(asked))]
 
     def _judge(self, request: Request, samples: list[Completion]) -> Completion:
+        if cut := [sample for sample in samples if sample.finish_reason == "cancelled"]:
+            return max(cut, key=lambda sample: len(sample.token_ids))
         # One that a model broke off is no answer.
         samples = [sample for sample in samples if sample.finish_reason != "error"] or samples
         # A stop string cuts an answer as a length limit does; only the end of turn completes it. With stop strings

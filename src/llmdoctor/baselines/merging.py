@@ -1,12 +1,12 @@
-"""Two objectives from two doctors without training: Reward Soups mixes weights, MOD mixes distributions.
+"""Two objectives from two doctors without training, by a mixture of their weights.
 
-Reward Soups: Ramé et al. 2023, arXiv 2306.04488. MOD (multi-objective decoding): Shi et al. 2024, arXiv 2406.18853.
+Reward Soups: Ramé et al. 2023, arXiv 2306.04488.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmdoctor.errors import UserError
 from llmdoctor.files import digest, sha256_file
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, local_folder
 from llmdoctor.models.loading import LoadedModel
+from llmdoctor.models.lora import WEIGHTS
 
 
 def reward_soup(paths: Sequence[str | Path], weights: Sequence[float], base: LoadedModel) -> LoadedModel:
@@ -30,14 +31,14 @@ def reward_soup(paths: Sequence[str | Path], weights: Sequence[float], base: Loa
         A plain language model, to decode from alone or as a `Guide`.
 
     Raises:
-        UserError: weights that are no mixture, a fully trained doctor, or one on another base.
-        ValueError: `base` carries an adapter.
+        UserError: weights that are no mixture, a fully trained doctor or one on another base, or a `base` that carries
+            an adapter.
     """
     _check_mixture(weights)
     if len(paths) != len(weights):
         raise UserError(f"{len(paths)} doctors need as many weights, got {len(weights)}")
     if hasattr(base.model, "peft_config"):
-        raise ValueError(f"{base.spec} carries an adapter already; load the base again for a soup")
+        raise UserError(f"{base.spec} carries an adapter already; load the base again for a soup")
     folders = [local_folder(path) for path in paths]
     for folder in folders:
         if not DoctorConfig.load(folder).lora:
@@ -51,22 +52,10 @@ def reward_soup(paths: Sequence[str | Path], weights: Sequence[float], base: Loa
         for name, delta in sums.items():
             parameter: Any = modules[name].weight
             parameter.copy_(parameter.float() + delta)
-    adapters = [sha256_file(folder / ADAPTER_FOLDER / "adapter_model.safetensors") for folder in folders]
+    adapters = [sha256_file(folder / ADAPTER_FOLDER / WEIGHTS) for folder in folders]
     made_of = [base.fingerprint.get("model"), adapters, list(map(float, weights))]
     fingerprint = {**base.fingerprint, "model": digest(made_of)}
     return LoadedModel(base.model.eval(), base.tokenizer, f"soup({base.spec})", fingerprint)
-
-
-def mod_mixture(weights: Mapping[str, float]) -> dict[str, Any]:
-    """MOD as arguments of a `Request`: π ∝ Π_i π_i^w_i over the named guides, without the patient (α = 0).
-
-    The guides must be in product form. This is MOD for the reverse KL divergence, the paper's main case.
-
-    Raises:
-        UserError: weights that are no mixture.
-    """
-    _check_mixture(list(weights.values()))
-    return {"alpha": 0.0, "betas": dict(weights)}
 
 
 def _deltas(folder: Path, base: LoadedModel) -> dict[str, torch.Tensor]:

@@ -82,7 +82,7 @@ class Method(abc.ABC):
 
     def _open(self, index: int, request: Request) -> Row:
         if request.betas or request.alpha != 1.0:
-            raise UserError(f"{self.name} takes no doctors: alpha must be 1 and betas empty")
+            raise UserError(f"{self.name} takes no doctors: alpha must be 1 and betas left out")
         plain = SamplingParams()
         for field in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
             value = getattr(request.sampling, field)

@@ -23,6 +23,7 @@ from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.files import fill_folder, write_text
 from llmdoctor.models.doctor import CONFIG_NAME, Doctor, DoctorConfig
 from llmdoctor.models.loading import LoadedModel, need_one_gpu
+from llmdoctor.models.lora import WEIGHTS
 from llmdoctor.models.reward_model import CONFIG_NAME as REWARD_CONFIG_NAME
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.rewards.store import RewardStore
@@ -30,8 +31,6 @@ from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import check_same_training, claim_checkpoints, training_identity
 from llmdoctor.tfpo.lesson import need_room, split_rows
 from llmdoctor.tfpo.options import DoctorOptions, lora_arguments
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 TOKENS_AT_ONCE = 8192
 """That TRL's trainers read at once, with their padding, in the worst of all batches, counted as `data.collate.in_parts`
@@ -178,16 +177,15 @@ def open_run(
 
     Raises:
         UserError: rewards in the output folder itself or of another tokenizer whose tokens are no bytes, too few
-            pairs, or one that does not fit into the base's context.
+            pairs, one that does not fit into the base's context, or a `base` that is part of a doctor already.
         FingerprintMismatch: the folder holds another result, or checkpoints of one.
-        ValueError: `base` is part of a doctor already.
     """
     need_one_gpu(base.model)
     if output.resolve() == rewards.folder.resolve():
         method = config.training["method"]
         raise UserError(f"{output} holds the token rewards; give the {method} baseline a folder of its own")
     if hasattr(base.model, "peft_config"):
-        raise ValueError(f"{base.spec} carries an adapter already; load the base again for another baseline")
+        raise UserError(f"{base.spec} carries an adapter already; load the base again for another baseline")
     carried = rewards_for(base, rewards)
     need_room(base, carried)
     train_set, held_out = split_rows(carried, eval_fraction)
@@ -297,7 +295,7 @@ class AdapterTraining:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        weights = load_file(Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
+        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         set_peft_model_state_dict(self.accelerator.unwrap_model(model or self.model), weights)
 
 

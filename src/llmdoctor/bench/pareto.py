@@ -278,6 +278,7 @@ def _contenders(arena: Arena, strengths: Mapping[str, Sequence[float]]) -> list[
         ("llmdoctor_merged", "LLMdoctor, two doctors merged", paper, merged_doctors, MERGED),
         ("llmdoctor", "LLMdoctor, two doctors mixed", paper, mixed(MERGED), MERGED),
         ("reward_soup", "Reward Soup of DPO policies", "arXiv 2306.04488", soup, "dpo"),
+        # MOD is Π π_i^w_i, of weights that sum to 1 (Shi et al. 2024): patient · Π (π_i / patient)^w_i is just that.
         ("mod", "MOD of DPO policies", "arXiv 2406.18853", mixed("dpo"), "dpo"),
     )
     return [

@@ -32,7 +32,15 @@ _Output = Annotated[
 _Quick = Annotated[
     bool, typer.Option("--quick", help="A smoke run of at most ten minutes on two cores; its figures mean nothing.")
 ]
-_Size = Annotated[dict[str, Any], FieldsOf("llmdoctor.bench.options", "BenchOptions", panel="Size")]
+_OPTIONS = ("llmdoctor.bench.options", "BenchOptions")
+_Size = Annotated[dict[str, Any], FieldsOf(*_OPTIONS, panel="Size")]
+_SizeWithoutTransferQ = Annotated[
+    dict[str, Any], FieldsOf(*_OPTIONS, panel="Size", without=("rollout_tokens", "transfer_q_prompts"))
+]
+_SizeOfLearning = Annotated[
+    dict[str, Any],
+    FieldsOf(*_OPTIONS, panel="Size", only=("patient", "base", "pairs", "seeds", "epochs", "rounds")),
+]
 _Methods = Annotated[
     list[str], typer.Option("--method", metavar="NAME", help="Only this method beside LLMdoctor. Repeatable.")
 ]
@@ -285,7 +293,7 @@ def pareto(
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
     judge: _Judge = [],  # noqa: B006
-    size: _Size,
+    size: _SizeWithoutTransferQ,
     chat: JudgeFlags,
     yes: Yes = False,
 ) -> None:
@@ -328,7 +336,7 @@ def ablation(
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
     judge: _Judge = [],  # noqa: B006
-    size: _Size,
+    size: _SizeWithoutTransferQ,
     chat: JudgeFlags,
     yes: Yes = False,
 ) -> None:
@@ -360,7 +368,7 @@ def dynamics(
     task: _TaskName = [],  # noqa: B006
     pairs_from: _Pairs = [],  # noqa: B006
     faces: _Faces = [],  # noqa: B006
-    size: _Size,
+    size: _SizeOfLearning,
 ) -> None:
     """How early in a response LLMdoctor, GenARM and DPO tell chosen from rejected, on held-out pairs.
 
@@ -392,7 +400,7 @@ def human(
     method: _Methods = [],  # noqa: B006
     output: _Output = Path("runs/bench"),
     quick: _Quick = False,
-    size: _Size,
+    size: _SizeOfLearning,
 ) -> None:
     """How often LLMdoctor, GenARM and DPO prefer the response that people chose, on held-out human pairs.
 

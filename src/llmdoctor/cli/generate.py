@@ -351,7 +351,7 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         "tokens": len(completion.token_ids),
         "seed": request.sampling.seed,
         "alpha": request.alpha,
-        "betas": dict(request.betas),
+        "betas": dict(request.betas or {}),
         "onset": request.onset,
         # One sample of KL(what was drawn from ‖ patient) in nats: its mean over rows estimates the divergence of a
         # response, or bounds it where this is the best of several.

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
-
-SIDES = ("chosen", "rejected")
+from llmdoctor.rewards.store import SIDES
 
 SCORES_A_TOKEN = 1000
 """Attention scores that cost as much as the rest of a token's training step, measured on the shipped model with eager

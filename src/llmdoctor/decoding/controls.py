@@ -27,7 +27,7 @@ class Controls:
 
         self.device = device
         self.alpha = tensor([request.alpha for request in requests])
-        self.betas = tensor([[request.betas.get(name, 0.0) for name in names] for request in requests])
+        self.betas = tensor([[request.beta_of(name) for name in names] for request in requests])
         self.betas = self.betas.view(len(requests), len(names))
         self.onset = tensor([request.onset for request in requests])
         self.grows = any(request.onset for request in requests)

@@ -72,7 +72,7 @@ class GuidedDecoder:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")
         if max_guesses < 1:
             raise UserError(f"max_guesses must be at least 1, got {max_guesses}; leave the draft out for none")
-        self.names = [guide.name for guide in guides]
+        self.names = [guide.name for guide in _guides(guides)]
         if len(set(self.names)) != len(self.names):
             raise UserError(f"two doctors share a name: {', '.join(self.names)}; give each its own")
         self.lanes, voices, references = lanes_of(patient, list(guides))
@@ -134,7 +134,7 @@ class GuidedDecoder:
         return row.completion
 
     def _open(self, index: int, request: Request) -> Row:
-        unknown = set(request.betas) - set(self.names)
+        unknown = set(request.betas or {}) - set(self.names)
         if unknown:
             known = ", ".join(self.names) or "none"
             raise UserError(f"no doctor is named {', '.join(sorted(unknown))}; loaded: {known}")
@@ -151,7 +151,7 @@ class GuidedDecoder:
         for row in finished:
             row.finish("length")
         waiting = deque(row for row in batch if not row.done)
-        guided = any(beta != 0 for row in waiting for beta in row.request.betas.values())
+        guided = any(row.request.beta_of(name) != 0 for row in waiting for name in self.names)
         lanes = self.lanes if guided else [replace(self.lanes[0], voices=[None])]
         # Doctors that nobody listens to are not run, so they cannot guess.
         draft = self._draft if guided or isinstance(self._draft, DraftModel) else None
@@ -285,6 +285,21 @@ class GuidedDecoder:
                 row.append(token, logps[place], patient_logps[place], drawn_logps[place])
                 ward.count(places[place], token)
         return found
+
+
+def _guides(guides: Any) -> Sequence[Guide]:
+    """`guides`; UserError where they are no list of guides."""
+    if not isinstance(guides, Sequence) or isinstance(guides, str):
+        raise UserError(
+            f"guides must be a list of what load_guide(folder, patient) gives, got a {type(guides).__name__}"
+        )
+    for guide in guides:
+        if not isinstance(guide, Guide):
+            raise UserError(
+                f"a guide must be what load_guide(folder, patient) gives, got a {type(guide).__name__}; give "
+                "load_guide the doctor's folder (a Doctor in memory is written to one by save_pretrained)"
+            )
+    return guides
 
 
 def _checked(draft: Any, lanes: Sequence[LaneSpec]) -> DraftModel:

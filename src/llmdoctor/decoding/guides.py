@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.adapter import Adapter
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import ADAPTER_FOLDER, Doctor, DoctorConfig, check_doctor, load_base, local_folder
-from llmdoctor.models.loading import LoadedModel, load_model
+from llmdoctor.models.loading import LoadedModel, load_model, placement_of
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.models.vocab import Translation, Vocabulary, same_vocabulary
 
@@ -48,8 +50,8 @@ def load_guide(
     *,
     name: str | None = None,
     form: str = "ratio",
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Guide:
     """A doctor's folder (or hub id) as a guide for `patient`.
@@ -62,17 +64,20 @@ def load_guide(
         patient: the model it will guide.
         name: for requests; the doctor's dimension, else the folder's name, if None.
         form: "ratio" adds β (log π_doctor − log π_ref), "product" adds β log π_doctor.
-        dtype, device, trust_remote_code: as `load_model`'s, for models that are loaded here; where the doctor is run in
-            the patient's own pass, it works as the patient does.
+        dtype, device: as `load_model`'s, for models that are loaded here; the patient's own if None (device "auto"
+            where the patient is spread over several). In the patient's own pass a doctor works as the patient does.
+        trust_remote_code: as `load_model`'s.
 
     Raises:
-        UserError: no doctor there.
+        UserError: an unknown form, no doctor there or one that is not whole, or a base that is not there or is not the
+            one that it was trained on.
     """
     if form not in FORMS:
         raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     folder = local_folder(path)
     config = DoctorConfig.load(folder)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    given = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    options = placement_of(patient) | {name: value for name, value in given.items() if value is not None}
     on_patient = config.is_on(patient)
     # The same weights under another name will do: the recorded base may be a folder of another machine.
     spec = patient.spec if on_patient else config.base

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,10 @@ LEAST_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn from the guided distribution. Names and meanings as in vLLM and transformers.
+    """How tokens are drawn from the guided distribution.
+
+    A seed is always set, so the same request gives the same answer again. `seed=None` draws one, which is then there to
+    be read.
 
     Attributes:
         max_new_tokens: most tokens a completion may have; 0 gives an empty one.
@@ -40,21 +44,34 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 0, "at least 0"),
-            "temperature": (
-                self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
-                f"0 (greedy) or at least {LEAST_TEMPERATURE:g}",
-            ),
-            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        if self.seed is None:
+            # 53 bits: exact in JSON.
+            object.__setattr__(self, "seed", secrets.randbits(53))
+        for name, (kind, good, expected) in _SAMPLING.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not good(value):
+                raise UserError(f"{name} must be {expected}, got {value!r:.80}")
+
+
+_SAMPLING: Mapping[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (numbers.Integral, lambda value: value >= 0, "a whole number of at least 0"),
+    "temperature": (
+        numbers.Real,
+        lambda value: value == 0 or value >= LEAST_TEMPERATURE,
+        f"0 (greedy) or at least {LEAST_TEMPERATURE:g}",
+    ),
+    "top_k": (numbers.Integral, lambda value: value >= 0, "a whole number of at least 0 (0 is off)"),
+    "top_p": (numbers.Real, lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": (numbers.Real, lambda value: 0 <= value < 1, "in [0, 1)"),
+    "repetition_penalty": (numbers.Real, lambda value: value > 0, "positive"),
+    "seed": (numbers.Integral, lambda value: True, "a whole number, or None, which draws one"),
+    "stop": (
+        Collection,
+        lambda value: not isinstance(value, str) and all(isinstance(text, str) and text for text in value),
+        "a list of non-empty strings",
+    ),
+}
+"""What each setting must be: its type, a test, and both in words."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,8 @@ class Request:
     Attributes:
         messages: the conversation, ending with a user turn; `from_text` makes one of a string.
         alpha: exponent of the patient, α.
-        betas: exponent β of each doctor by its name; a doctor not named has β = 0.
+        betas: exponent β of each doctor by its name; one that is not named has β = 0, so {} is the patient alone. None
+            is β = 1 for every doctor there is.
         sampling: how to draw.
         id: returned with the result.
         onset: tokens at the start of the answer over which the βs grow to their values: token t (from 0) is drawn with
@@ -74,7 +92,7 @@ class Request:
 
     messages: tuple[Mapping[str, Any], ...]
     alpha: float = 1.0
-    betas: Mapping[str, float] = field(default_factory=dict)
+    betas: Mapping[str, float] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     id: str = ""
     onset: int = 0
@@ -85,11 +103,21 @@ class Request:
                 "messages must be a conversation, such as ({'role': 'user', 'content': 'Hello'},), got "
                 f"{self.messages!r:.80}; for a prompt that is one string there is Request.from_text"
             )
-        for name, value in (("alpha", self.alpha), *((f"beta of {key!r}", beta) for key, beta in self.betas.items())):
+        if self.betas is not None and not isinstance(self.betas, Mapping):
+            raise UserError(
+                "betas must be the β of each doctor by its name, such as {'positive': 1.0}, got "
+                f"{self.betas!r:.80}; without betas every doctor has β = 1"
+            )
+        betas = (self.betas or {}).items()
+        for name, value in (("alpha", self.alpha), *((f"beta of {key!r}", beta) for key, beta in betas)):
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, got {value!r:.80}")
         if self.onset < 0:
             raise UserError(f"onset must be at least 0, got {self.onset}")
+
+    def beta_of(self, name: str) -> float:
+        """The exponent β of the doctor of that name."""
+        return 1.0 if self.betas is None else self.betas.get(name, 0.0)
 
     @classmethod
     def from_text(cls, prompt: str, **kwargs: Any) -> Request:

@@ -222,7 +222,7 @@ class Ward:
     def count(self, place: int, token: int) -> None:
         """Book in the tally of the row at `place` what translation left out of what its next `token` is drawn from."""
         row = self.rows[place]
-        heard = (lanes for name, lanes in self._translated.items() if row.request.betas.get(name))
+        heard = (lanes for name, lanes in self._translated.items() if row.request.beta_of(name))
         for number in set().union(*heard):
             lane = self._lanes[number]
             assert isinstance(lane, TranslatedLane)

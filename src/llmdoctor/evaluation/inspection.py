@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmdoctor.errors import UserError
+from llmdoctor.rewards.store import SIDES
 
-SIDES = ("chosen", "rejected")
 THETAS = np.round(np.linspace(0.0, 1.0, 101), 2)
 HISTOGRAM_BINS = 25
 _COLUMNS = ("ids", "tokens", "pos_logps", "neg_logps", "importance", "rewards")

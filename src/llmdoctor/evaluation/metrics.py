@@ -136,18 +136,6 @@ def cluster_bootstrap_ci(
     return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
 
 
-def paired_bootstrap_ci(
-    candidate: Sequence[float] | Floats,
-    baseline: Sequence[float] | Floats,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `candidate − baseline` with its interval; entry i of both belongs to the same prompt."""
-    one, two = _paired(candidate, baseline)
-    return bootstrap_ci(one - two, level, resamples, seed)
-
-
 @dataclass(frozen=True, slots=True)
 class WinTieLoss:
     """How often a candidate beat, equalled and lost to a baseline on the same prompts (counts)."""

@@ -16,9 +16,10 @@ from llmdoctor.errors import UserError
 from llmdoctor.evaluation import charts
 from llmdoctor.evaluation.formatting import count, duration, percent, signed
 from llmdoctor.evaluation.heatmap import guided_tokens, named, reward_tokens, visible
-from llmdoctor.evaluation.inspection import SIDES, THETAS, Inspection, Row, TokenType, inspect_rewards
+from llmdoctor.evaluation.inspection import THETAS, Inspection, Row, TokenType, inspect_rewards
 from llmdoctor.evaluation.metrics import Interval, WinTieLoss
 from llmdoctor.evaluation.pages import PAPER, flat, write_page
+from llmdoctor.rewards.store import SIDES
 
 _ROWS_SHOWN_FIRST = 24
 

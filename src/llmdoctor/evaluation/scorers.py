@@ -71,11 +71,6 @@ def register_scorer(name: str, *, higher_is: str, scale: str = "−1…1") -> Ca
     return register
 
 
-def available_scorers() -> list[Scorer]:
-    """All registered scorers, by name."""
-    return [_REGISTRY[name] for name in sorted(_REGISTRY)]
-
-
 def get_scorer(name: str) -> Scorer:
     """The scorer called `name`, or the user's own named as `package.module:function`."""
     if name in _REGISTRY:

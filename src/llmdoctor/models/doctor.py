@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, digest, write_json, write_text
 from llmdoctor.models.card import model_card
+from llmdoctor.models.context import text_config
 from llmdoctor.models.hub import hub_folder
 from llmdoctor.models.layers import merge_adapter
 from llmdoctor.models.loading import (
@@ -33,6 +35,7 @@ from llmdoctor.models.loading import (
     weights_fingerprint,
 )
 from llmdoctor.models.logps import LogitsHead, completion_states, per_token_logps, position_ids
+from llmdoctor.models.lora import WEIGHTS
 from llmdoctor.models.packing import PackedPairs, can_pack
 
 SCHEMA_VERSION = 1
@@ -124,6 +127,9 @@ class Doctor(nn.Module):
     """A small LM trained to tilt a patient, with its tokenizer and what it was made from.
 
     Build one with `Doctor.from_base`, read one with `Doctor.from_pretrained`.
+
+    Attributes:
+        readout: folder of the judge of its rounds, which is copied to where the doctor is saved; None if it has none.
     """
 
     def __init__(self, lm: Any, tokenizer: Any, config: DoctorConfig) -> None:
@@ -132,12 +138,13 @@ class Doctor(nn.Module):
         self.tokenizer = tokenizer
         self.doctor_config = config
         causal = self.causal_lm
-        hidden_size = getattr(causal.config, "get_text_config", lambda: causal.config)().hidden_size
+        hidden_size = text_config(causal).hidden_size
         device = causal.get_output_embeddings().weight.device
         self.value_head = ValueHead(hidden_size, config.value_hidden).to(device)
         self.logits_head = LogitsHead.for_model(causal)
         self.encoder = ChatEncoder.for_model(causal, tokenizer)
         self.detach_value = False
+        self.readout: Path | None = None
 
     @classmethod
     def from_base(
@@ -159,10 +166,10 @@ class Doctor(nn.Module):
             seed: of the adapter's initial weights.
 
         Raises:
-            ValueError: `base` is part of a doctor already.
+            UserError: `base` is part of a doctor already.
         """
         if hasattr(base.model, "peft_config"):
-            raise ValueError(f"{base.spec} carries an adapter already; load the base again for another doctor")
+            raise UserError(f"{base.spec} carries an adapter already; load the base again for another doctor")
         fork = [base.model.device] if base.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=fork):
             torch.manual_seed(seed)
@@ -191,8 +198,8 @@ class Doctor(nn.Module):
         path: str | Path,
         *,
         base: LoadedModel | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         trust_remote_code: bool = False,
         trainable: bool = False,
     ) -> Doctor:
@@ -210,7 +217,7 @@ class Doctor(nn.Module):
         folder = local_folder(path)
         config = DoctorConfig.load(folder)
         check_whole(folder, config)
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if config.lora:
             from peft import PeftModel
 
@@ -219,11 +226,12 @@ class Doctor(nn.Module):
             lm = PeftModel.from_pretrained(base.model, str(folder / ADAPTER_FOLDER), is_trainable=trainable)
             tokenizer = base.tokenizer
         else:
-            own = load_model(str(folder / MODEL_FOLDER), **options)  # type: ignore[arg-type]
+            own = load_model(str(folder / MODEL_FOLDER), **options)
             lm, tokenizer = own.model, own.tokenizer
             lm.requires_grad_(trainable)
         doctor = cls(lm, tokenizer, config)
         doctor.value_head.load_state_dict(load_file(folder / VALUE_HEAD_NAME))
+        doctor.readout = folder / READOUT_FOLDER if (folder / READOUT_FOLDER).is_dir() else None
         return doctor.eval()
 
     @property
@@ -354,16 +362,26 @@ class Doctor(nn.Module):
         if self.doctor_config.lora:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.lm, load_file(folder / ADAPTER_FOLDER / "adapter_model.safetensors"))
+            set_peft_model_state_dict(self.lm, load_file(folder / ADAPTER_FOLDER / WEIGHTS))
         else:
             own = type(self.lm).from_pretrained(str(folder / MODEL_FOLDER), dtype=self.lm.dtype)
             self.lm.load_state_dict(own.state_dict())
         self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_NAME))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the doctor as a folder that appears whole or not at all."""
+        """Write the doctor as a folder that appears whole or not at all.
+
+        Raises:
+            UserError: its read-out is no longer where it was.
+        """
+        if self.readout is not None and not self.readout.is_dir():
+            raise UserError(
+                f"the read-out {self.readout} of this doctor is gone: put it back, or set the doctor's readout to None"
+            )
         with atomic_folder(Path(path)) as folder:
             self.save_into(folder)
+            if self.readout is not None:
+                shutil.copytree(self.readout, folder / READOUT_FOLDER)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the doctor's folder to the hub and return the commit's URL."""
@@ -397,7 +415,7 @@ def load_base(folder: Path, spec: str, **options: Any) -> LoadedModel:
 
 def check_whole(folder: Path, config: DoctorConfig) -> None:
     """UserError where the doctor in `folder` lacks a file."""
-    weights = f"{ADAPTER_FOLDER}/adapter_model.safetensors" if config.lora else f"{MODEL_FOLDER}/config.json"
+    weights = f"{ADAPTER_FOLDER}/{WEIGHTS}" if config.lora else f"{MODEL_FOLDER}/config.json"
     absent = [name for name in (weights, VALUE_HEAD_NAME) if not (folder / name).is_file()]
     if absent:
         raise UserError(f"the doctor {folder} is not whole: it lacks {', '.join(absent)}")

@@ -66,8 +66,8 @@ class _Source:
 def load_model(
     spec: str | os.PathLike[str],
     *,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
     verbose: bool = False,
@@ -79,11 +79,12 @@ def load_model(
     the same reason a folder or file here goes by its whole path.
     Weights are read from safetensors or GGUF only. `dtype` is `auto`, `bfloat16`, `float16` or `float32`; `auto` means
     bfloat16 where the hardware multiplies it fast, else float32. `device` is `auto`, `cpu`, `cuda`, `cuda:N`, `mps`, or
-    `balanced` (spread over all GPUs). The tokenizer pads on the left. Raises UserError saying what does not fit.
+    `balanced` (spread over all GPUs). Either may be torch's own, such as `torch.bfloat16`. The tokenizer pads on the
+    left. Raises UserError saying what does not fit.
     """
     spec = os.fspath(spec)
-    target = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, target)
+    target = resolve_device(str(device))
+    torch_dtype = resolve_dtype(str(dtype).removeprefix("torch."), target)
     source = _locate(spec, revision)
     with nullcontext() if verbose else builtin.quiet_transformers():
         if source.is_gguf:
@@ -103,6 +104,14 @@ def load_model(
     }
     pinned = _from_anywhere(spec) if revision is None else f"{spec}@{revision}"
     return LoadedModel(model=model, tokenizer=tokenizer, spec=pinned, fingerprint=fingerprint)
+
+
+def placement_of(loaded: LoadedModel) -> dict[str, Any]:
+    """`dtype` and `device` that `load_model` puts another model beside this one by; auto where it is on several."""
+    devices = {parameter.device for parameter in loaded.model.parameters()}
+    # Apple's one GPU is mps to `load_model` and mps:0 to torch.
+    names = {str(device) if device.type == "cuda" else device.type for device in devices}
+    return {"dtype": loaded.model.dtype, "device": names.pop() if len(names) == 1 else "auto"}
 
 
 def split_revision(spec: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmdoctor.errors import UserError
+from llmdoctor.models.context import text_config
 from llmdoctor.models.product import is_untouched, product_of
 
 CHUNK_ELEMENTS = 1 << 25
@@ -92,8 +93,7 @@ class LogitsHead:
     def for_model(cls, model: Any) -> LogitsHead:
         """The head of a causal LM; UserError when its logits are no known function of its hidden states."""
         linear = model.get_output_embeddings()
-        config = getattr(model.config, "get_text_config", lambda: model.config)()
-        finish = LogitsFinish.from_config(config)
+        finish = LogitsFinish.from_config(text_config(model))
         device = linear.weight.device
         probe = torch.arange(1, 5, device=device)[None]
         was_training = model.training

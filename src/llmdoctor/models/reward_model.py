@@ -39,6 +39,7 @@ from llmdoctor.models.loading import (
     tokenizer_fingerprint,
 )
 from llmdoctor.models.logps import position_ids
+from llmdoctor.models.lora import WEIGHTS
 from llmdoctor.models.packing import keeps_keys
 
 SCHEMA_VERSION = 1
@@ -248,11 +249,10 @@ def base_classifier(base: LoadedModel, *, seed: int = 0) -> Any:
         seed: of the output's initial weights.
 
     Raises:
-        UserError: an architecture without such a class.
-        ValueError: `base` carries an adapter.
+        UserError: an architecture without such a class, or a `base` that carries an adapter.
     """
     if hasattr(base.model, "peft_config"):
-        raise ValueError(f"{base.spec} carries an adapter already; load the base again for a reward model")
+        raise UserError(f"{base.spec} carries an adapter already; load the base again for a reward model")
     config = copy.deepcopy(base.model.config)
     config.num_labels = 1
     config.pad_token_id = base.tokenizer.pad_token_id
@@ -293,7 +293,7 @@ def _load_trained(folder: Path, base: LoadedModel | None, options: dict[str, Any
     from peft import PeftModel
 
     config = RewardModelConfig.load(folder)
-    weights = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
+    weights = folder / ADAPTER_FOLDER / WEIGHTS
     if not weights.is_file():
         raise UserError(f"the reward model {folder} is not whole: it lacks {ADAPTER_FOLDER}/{weights.name}")
     base = base or load_model(config.base, **options)

@@ -54,11 +54,6 @@ def face_pairs(dimension: str, path: str | Path | None = None) -> list[FacePair]
     return pairs
 
 
-def available_dimensions() -> list[str]:
-    """Names of the dimensions that ship."""
-    return sorted(_shipped())
-
-
 def _shipped() -> dict[str, Any]:
     text = files("llmdoctor.rewards").joinpath("faces.yaml").read_text(encoding="utf-8")
     table: dict[str, Any] = yaml.safe_load(text)

@@ -18,7 +18,8 @@ class TFPOConfig(TrainingArguments):
     """Arguments of `TFPOTrainer`, on top of `transformers.TrainingArguments`.
 
     The defaults are this project's own, measured on the benchmarks in docs/; the paper (arXiv 2601.10416) gives no
-    values. `reference_anchor=False, terminal_anchor=False` is the paper's literal form, kept for the ablation.
+    values. Its literal form, kept for the ablation, is `reference_anchor=False, terminal_anchor=False, leaf_coef=0` on
+    the pairs alone (`RoundOptions(rounds=0)`), with unsigned token rewards (`RewardOptions(signed=False)`).
     """
 
     learning_rate: float = field(

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,15 +144,11 @@ class Lesson:
         """Put the finished doctor beside its checkpoints."""
         counts = {"train_pairs": float(len(self.train_set)), "held_out_pairs": float(len(self.held_out or ()))}
         doctor.doctor_config.metrics = {**figures, **counts}
-
-        def save(folder: Path) -> None:
-            doctor.save_pretrained(folder)
-            if readout is not None:
-                shutil.copytree(readout, folder / READOUT_FOLDER)
-
+        doctor.readout = readout
         with first_process(self.config) as first:
             if first:
-                fill_folder(output, save, last=CONFIG_NAME, gone=(ADAPTER_FOLDER, MODEL_FOLDER, READOUT_FOLDER))
+                gone = (ADAPTER_FOLDER, MODEL_FOLDER, READOUT_FOLDER)
+                fill_folder(output, doctor.save_pretrained, last=CONFIG_NAME, gone=gone)
 
     def _untrained(self, rounds: RoundOptions) -> Doctor:
         """The doctor before its first step, with what it will be trained by on its card."""

@@ -1,8 +1,11 @@
-"""Sub-trajectory balance and value discrimination, as pure functions that return one value per response.
+"""The losses of stage 2, as pure functions that return one value per response or pair.
 
-Shapes: B responses, L completion tokens, N = L + 1 states. Source: LLMdoctor (arXiv 2601.10416); SubTB(λ) after Madan
-et al. 2023 (arXiv 2209.12782). Every residual of a sub-trajectory s_m … s_n is g_n − g_m (see `flows`), which makes the
-sum over all O(L²) of them a sum over states.
+Sub-trajectory balance and its no-flow ablation, value discrimination, and what is asked of the two ends of a pair: by
+the label (leaf) or by their rewards (branch).
+
+Shapes: B responses or pairs, L completion tokens, N = L + 1 states. Source: LLMdoctor (arXiv 2601.10416), which has
+neither leaf nor branch loss; SubTB(λ) after Madan et al. 2023 (arXiv 2209.12782). Every residual of a sub-trajectory
+s_m … s_n is g_n − g_m (see `flows`), which makes the sum over all O(L²) of them a sum over states.
 """
 
 from __future__ import annotations

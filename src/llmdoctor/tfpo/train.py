@@ -11,7 +11,7 @@ from transformers import SchedulerType, TrainerCallback
 
 from llmdoctor.errors import UserError
 from llmdoctor.models.doctor import READOUT_FOLDER, Doctor, DoctorConfig
-from llmdoctor.models.loading import LoadedModel, load_model, need_one_gpu
+from llmdoctor.models.loading import LoadedModel, load_model, need_one_gpu, placement_of
 from llmdoctor.models.merging import merge_doctors
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
@@ -57,7 +57,8 @@ def train_doctor(
         options: what is trained; defaults if None.
         rounds: how the rounds go; defaults if None. Without rounds it learns from the pairs and their token rewards.
         patient: the model that gave the rewards, which in rounds judges answers and, where it is not the doctor's base,
-            gives them; loaded as the rewards' manifest names it if None. Never `base` itself, which training changes.
+            gives them; loaded beside the base, as the rewards' manifest names it, if None. Never `base` itself, which
+            training changes.
         dimension: name of what the doctor is for; the faces' name if empty.
         resume: go on from a checkpoint if there is one; False starts anew.
         callbacks: more `TrainerCallback`s, for the progress of each training.
@@ -90,8 +91,8 @@ def train_doctor(
     if held_out is None:
         config.eval_strategy = "no"
     lesson = Lesson(
-        base, _patient_of(rewards, patient) if rounds.rounds else None, rewards, carried, train_set, held_out, config,
-        options, dimension or str(rewards.manifest["faces"]["name"]), tuple(callbacks), told or _silent,
+        base, _patient_of(rewards, patient, base) if rounds.rounds else None, rewards, carried, train_set, held_out,
+        config, options, dimension or str(rewards.manifest["faces"]["name"]), tuple(callbacks), told or _silent,
     )  # fmt: skip
     if rounds.merges:
         _teach_both(lesson, rounds, output, resume)
@@ -187,9 +188,9 @@ def _check_heard(config: TFPOConfig, rounds: RoundOptions) -> None:
         )
 
 
-def _patient_of(rewards: RewardStore, patient: LoadedModel | None) -> LoadedModel:
-    """The patient, loaded if need be; UserError if the rewards are another one's."""
-    patient = patient or load_model(str(rewards.manifest["patient"]))
+def _patient_of(rewards: RewardStore, patient: LoadedModel | None, base: LoadedModel) -> LoadedModel:
+    """The patient, loaded beside the base if need be; UserError if the rewards are another one's."""
+    patient = patient or load_model(str(rewards.manifest["patient"]), **placement_of(base))
     if patient.fingerprint.get("model") != rewards.fingerprint.get("model"):
         raise UserError(
             f"{patient.spec} is not the patient that gave the rewards in {rewards.folder} "

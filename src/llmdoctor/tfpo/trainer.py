@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llmdoctor.data.collate import SIDES, RewardCollator, in_parts
+from llmdoctor.data.collate import RewardCollator, in_parts
 from llmdoctor.errors import TrainingDiverged, UserError
 from llmdoctor.models.doctor import Doctor
 from llmdoctor.models.loading import need_one_gpu
 from llmdoctor.rewards.face_scorer import FaceScorer
+from llmdoctor.rewards.store import SIDES
 from llmdoctor.tfpo.config import TFPOConfig
 from llmdoctor.tfpo.flows import balance_potential, state_mask
 from llmdoctor.tfpo.losses import (
