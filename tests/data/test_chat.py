@@ -351,13 +351,13 @@ def plain_encoders() -> dict[str, ChatEncoder]:
 
 
 @pytest.mark.parametrize("name", plain_encoders())
-@pytest.mark.parametrize("text", ["the cat sat", "hello", "</s>Human:"])
+@pytest.mark.parametrize("text", ["the cat sat", "hello", "</s>Human:", " the cat"])
 def test_without_a_template_an_answer_is_encoded_as_it_stands_in_a_history(name: str, text: str) -> None:
     encoder = plain_encoders()[name]
     turns = [*user("Hi"), {"role": "assistant", "content": text}, *user("more")]
     joined = encoder.prompt_ids(user("Hi")) + encoder.completion(text, complete=True).ids
     assert encoder.prompt_ids(turns)[: len(joined)] == joined
-    assert encoder.decode(encoder.text_ids(text)) == text
+    assert encoder.decode(encoder.text_ids(text)) == text.removeprefix(encoder.lead)
 
 
 def test_the_lead_of_answers_is_the_plain_templates_alone() -> None:

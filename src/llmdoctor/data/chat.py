@@ -177,12 +177,14 @@ class ChatEncoder:
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         mark = _unused_sentinel([turn["content"] for turn in turns])
-        controls = [self._answer_control if turn["role"] == "assistant" else self._control for turn in turns]
-        guarded = [
-            {**turn, "content": self._guard(turn["content"], mark, control)}
-            for turn, control in zip(turns, controls, strict=True)
-        ]
-        return self._ids(self._render(guarded), mark)
+        return self._ids(self._render([self._guarded(turn, mark) for turn in turns]), mark)
+
+    def _guarded(self, turn: dict[str, str], mark: str) -> dict[str, str]:
+        content = turn["content"]
+        if turn["role"] != "assistant":
+            return {**turn, "content": self._guard(content, mark, self._control)}
+        # The template writes the lead.
+        return {**turn, "content": self._guard(content[self._lead_in(content) :], mark, self._answer_control)}
 
     def _ids(self, text: str, mark: str) -> list[int]:
         """Ids of text that is cut at every `mark`."""
