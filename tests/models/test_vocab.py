@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -101,6 +102,7 @@ def test_added_tokens_of_spaces() -> None:
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names[:3]])
     backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in names[3:5]])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = byte_level(258, []).chat_template
     encoder = ChatEncoder(tokenizer)
     vocabulary = Vocabulary.of(encoder)
     ids = encoder.text_ids("a    re  b")
@@ -115,6 +117,25 @@ def test_added_tokens_of_spaces() -> None:
     doctor = Vocabulary.of(of_letters)
     read = Translation(vocabulary, doctor, len(names)).read(vocabulary.spell(ids), of_letters.text_ids)
     assert doctor.spell(read) == b"a    re  b"
+
+
+def test_the_space_before_answers_of_a_model_without_a_template_is_no_part_of_them() -> None:
+    """Its answers begin " so", another tokenizer's reading "so": a reward on that lies on the first token."""
+    tokenizer = byte_level(300, CORPUS)
+    tokenizer.chat_template = None
+    encoder = ChatEncoder(tokenizer)
+    vocabulary = Vocabulary.of(encoder)
+    ids = encoder.text_ids("so it is")
+    assert (vocabulary.lead, vocabulary.spell(ids)) == (b" ", b" so it is")
+    assert vocabulary.split(b"so it is", start=True) == ids
+    of_letters = ChatEncoder(byte_level(258, []))
+    tokens = of_letters.token_texts(of_letters.text_ids("so it is"))
+    values = {"rewards": [1.0 if place < 2 else 0.0 for place in range(len(tokens))]}
+    carried = carry(tokens, False, values, encoder, vocabulary)
+    spelled = list(accumulate(len(vocabulary.spelled[index] or b"") for index in ids))
+    within = sum(end <= 3 for end in spelled) or 1
+    assert carried[0] == ids
+    assert sum(carried[1]["rewards"][:within]) == pytest.approx(2.0)
 
 
 def test_tokens_that_are_no_bytes_are_refused() -> None:

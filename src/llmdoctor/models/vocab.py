@@ -51,7 +51,7 @@ class Vocabulary:
         spelled: the bytes of each token by its id; None where it stands for no text (control tokens, gaps).
         names: the tokenizer's own name of each token, "" in gaps.
         stop_ids: ids that end an answer.
-        lead: what the tokenizer puts before every text (sentencepiece's space); it is no part of the text.
+        lead: what stands before every text (sentencepiece's space, or `ChatEncoder.lead`); it is no part of the text.
         inside, start: the tokens as they read within a text, and at its beginning, without the lead.
     """
 
@@ -85,7 +85,8 @@ class Vocabulary:
         tokenizer = encoder.tokenizer
 
         def split_texts(texts: list[str]) -> list[list[int]]:
-            return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            led = [encoder.lead + text for text in texts]
+            return [list(ids) for ids in tokenizer(led, add_special_tokens=False)["input_ids"]]
 
         spelled, names = _spellings(tokenizer, encoder)
         return cls(spelled, names, encoder.stop_ids, split_texts)
