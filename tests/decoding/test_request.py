@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmdoctor.decoding.request import Request, SamplingParams
+from llmdoctor.decoding.request import Request, SamplingParams, listed
 from llmdoctor.errors import UserError
 
 
@@ -76,3 +76,11 @@ def test_an_onset_is_no_less_than_nothing() -> None:
 def test_a_prompt_that_is_one_string_is_told_of_from_text(text: str) -> None:
     with pytest.raises(UserError, match=rf"messages must be a conversation, .* got '{text}'; .* Request\.from_text"):
         Request(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slip", ["Hi", Request.from_text("Hi"), ["Hi"], [Request.from_text("Hi"), None]])
+def test_requests_are_a_list_of_them(slip: Any) -> None:
+    with pytest.raises(UserError, match=r"requests are a list, such as \[Request.from_text\('Hello'\)\], of Request"):
+        listed(slip)
+    asked = [Request.from_text("Hi"), Request.from_text("Ho")]
+    assert listed(iter(asked)) == listed(tuple(asked)) == asked

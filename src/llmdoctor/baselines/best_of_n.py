@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmdoctor.decoding.request import Completion, Decoder, Request
+from llmdoctor.decoding.request import Completion, Decoder, Request, listed
 from llmdoctor.errors import UserError
 
 
@@ -67,7 +67,7 @@ class BestOfN:
         Raises:
             UserError: temperature 0, where all samples are one.
         """
-        asked = list(requests)
+        asked = listed(requests)
         for request in asked:
             if request.sampling.temperature == 0 and self.n > 1:
                 raise UserError("best-of-n draws samples, so the temperature must be above 0")

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmdoctor.data.chat import ChatEncoder
 from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import lanes_of
-from llmdoctor.decoding.request import Completion, Request, SamplingParams
+from llmdoctor.decoding.request import Completion, Request, SamplingParams, listed
 from llmdoctor.decoding.row import Row, complete, open_row
 from llmdoctor.decoding.sampling import sample
 from llmdoctor.errors import UserError
@@ -77,7 +77,7 @@ class Method(abc.ABC):
             UserError: a request with a mixture or a sampling parameter that the method does not have, or a prompt that
                 leaves no room in a model's context.
         """
-        rows = [self._open(index, request) for index, request in enumerate(requests)]
+        rows = [self._open(index, request) for index, request in enumerate(listed(requests))]
         return complete(rows, self.max_batch_size, self._decode, on_done)
 
     def _open(self, index: int, request: Request) -> Row:

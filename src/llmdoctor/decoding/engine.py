@@ -20,7 +20,7 @@ from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
 from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
 from llmdoctor.decoding.pace import Pace
-from llmdoctor.decoding.request import Completion, Request
+from llmdoctor.decoding.request import Completion, Request, listed
 from llmdoctor.decoding.row import Row, Tally, open_row
 from llmdoctor.decoding.sampling import sample
 from llmdoctor.decoding.speculation import stand_in
@@ -110,9 +110,9 @@ class GuidedDecoder:
                 where it says True, that request ends with the tokens it has, and its place is free for another.
 
         Raises:
-            UserError: an unknown doctor, or a prompt that leaves no room in a model's context.
+            UserError: what is no request, an unknown doctor, or a prompt that leaves no room in a model's context.
         """
-        rows = [self._open(index, request) for index, request in enumerate(requests)]
+        rows = [self._open(index, request) for index, request in enumerate(listed(requests))]
         # In the order of their lengths, so that rows decoded together have little padding.
         for finished in self._decode(sorted(rows, key=lambda row: (len(row.prompts[0]), row.index)), cancelled):
             if on_done:
@@ -122,7 +122,8 @@ class GuidedDecoder:
 
     def stream(self, request: Request) -> Generator[str, None, Completion]:
         """Yield the completion's text piece by piece; the generator's return value is the `Completion`."""
-        row = self._open(0, request)
+        (asked,) = listed([request])
+        row = self._open(0, asked)
         shown = 0
         for _ in self._decode([row]):
             text = row.visible_text()

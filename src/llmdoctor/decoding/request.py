@@ -125,6 +125,16 @@ class Request:
         return cls(({"role": "user", "content": prompt},), **kwargs)
 
 
+def listed(requests: Iterable[Request]) -> list[Request]:
+    """The requests as a list; UserError where they are one alone, or something else."""
+    # A request alone, or a text, is a usual slip.
+    found: list[Any] = [requests] if isinstance(requests, str | Request) else list(requests)
+    wrong = [one for one in found if one is requests or not isinstance(one, Request)]
+    if wrong:
+        raise UserError(f"requests are a list, such as [Request.from_text('Hello')], of Request; got {wrong[0]!r:.80}")
+    return found
+
+
 @dataclass
 class Completion:
     """What the engine made of a request.
