@@ -130,6 +130,23 @@ def test_inspect_without_the_patient(good: Cli, finished: Path, tmp_path: Path) 
     assert "Rank agreement" not in ended.out
 
 
+def test_pairs_that_no_faces_read(good: Cli, cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    """They are enough for what training does by default, and there is nothing to look at."""
+    pairs, rewards = write_jsonl(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "bare"
+    made = good("rewards", "--pairs", pairs, "--faces", "none", "--patient", tiny_folder, "-o", rewards, *CPU)
+    assert "kept" not in made.out
+    assert f"the pairs are in {rewards}, without token rewards" in made.out
+    assert "llmdoctor inspect" not in made.out
+    assert "so they have no token rewards to look at" in cli("inspect", rewards).err
+    doctor = tmp_path / "doctor"
+    told = cli("train", "--rewards", rewards, "-o", doctor, "--rounds", 0)
+    assert "so they have no token rewards, of which objective subtb learns" in told.err
+    assert "loading" not in told.err
+    good("train", "--rewards", rewards, "-o", doctor, "--rounds", 1, "--round-prompts", 2, "--lora-rank", 2,
+         "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)  # fmt: skip
+    assert DoctorConfig.load(doctor).dimension == ""
+
+
 def test_rewards_are_rescored_without_scoring_again(
     good: Cli, cli: Cli, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

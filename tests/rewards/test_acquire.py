@@ -40,6 +40,22 @@ def store(shared_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     return acquire(shared_model, some_pairs(20), tmp_path_factory.mktemp("rewards") / "store")
 
 
+def test_without_faces_nothing_is_read(
+    shared_model: LoadedModel, store: RewardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens and labels as with faces, and no reward."""
+    monkeypatch.setattr(type(shared_model.model), "forward", None)
+    bare = acquire(shared_model, some_pairs(20), tmp_path / "bare", faces=None)
+    for row, read in zip(bare.rows(), store.rows(), strict=True):
+        for side in SIDES:
+            assert row[f"{side}_ids"] == read[f"{side}_ids"]
+            assert row[f"{side}_terminal"] == read[f"{side}_terminal"]
+            assert not any(row[f"{side}_rewards"])
+    assert bare.manifest["kept_tokens"] == 0
+    with pytest.raises(FingerprintMismatch, match="faces: stored none, now kind"):
+        acquire(shared_model, some_pairs(20), tmp_path / "bare")
+
+
 def test_stored_likelihoods_are_the_naive_ones(shared_model: LoadedModel, store: RewardStore) -> None:
     """Through batching, sharding and Parquet: row i is pair i, each side under each face."""
     encoder = ChatEncoder.for_model(shared_model.model, shared_model.tokenizer)

@@ -29,7 +29,7 @@ from llmdoctor.rewards.readout import Readout
 from llmdoctor.rewards.store import RewardStore
 from llmdoctor.tfpo.options import DoctorOptions
 from llmdoctor.tfpo.rounds import RoundOptions
-from llmdoctor.tfpo.train import train_doctor
+from llmdoctor.tfpo.train import check_training, train_doctor
 
 ROUNDS = RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.25)
 BALANCED = replace(ROUNDS, pairs_objective="subtb")
@@ -293,6 +293,40 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert DoctorConfig.load(folder) == DoctorConfig.load(tmp_path / "whole")
+
+
+def test_faces_are_not_needed_for_labels_and_rounds(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
+    """What is learned by default is the same, to the bit, of pairs that no faces have read."""
+    bare = acquire(load(tiny_folder), some_pairs(16), tmp_path / "bare", faces=None, theta=0.1)
+    assert (bare.has_token_rewards, bare.dimension) == (False, "")
+    assert (store.has_token_rewards, store.dimension) == (True, "kind")
+    patient = load(tiny_folder)
+    read = train(load(tiny_folder), store, tmp_path / "read", patient=patient)
+    unread = train(load(tiny_folder), bare, tmp_path / "unread", patient=patient)
+    for name, matrix in adapter(read).items():
+        assert torch.equal(adapter(unread)[name], matrix)
+    assert DoctorConfig.load(unread).dimension == ""
+    assert load_guide(unread, patient).name == "unread"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "settings", "said"),
+    [
+        (BALANCED, {}, "of which pairs_objective subtb learns"),
+        (RoundOptions(rounds=0), {}, "of which objective subtb learns"),
+        (RoundOptions(rounds=1, pairs_first=True), {}, "of which objective subtb learns"),
+        (ROUNDS, {"branch_coef": 0.5}, "of which branch_coef 0.5 learns"),
+    ],
+)
+def test_who_needs_token_rewards_says_so(
+    tiny_folder: Path, tmp_path: Path, rounds: RoundOptions, settings: dict[str, Any], said: str
+) -> None:
+    bare = acquire(load(tiny_folder), some_pairs(4), tmp_path / "bare", faces=None)
+    with pytest.raises(UserError, match=said):
+        train_doctor(load(tiny_folder), bare, config(tmp_path / "x", **settings), rounds=rounds)
+    rest = [replace(ROUNDS, pairs_weight=0.0), RoundOptions(rounds=0)]
+    for free, objective in zip(rest, ("subtb", "none"), strict=True):
+        check_training(bare, config(tmp_path / "x", objective=objective), OPTIONS, free)
 
 
 PROCESSES = """

@@ -68,7 +68,7 @@ def train_dpo(
     require_trl("DPO")
     beta = BETA if options.beta is None else options.beta
     made = made_from(base, rewards, "dpo", options, beta)
-    config = DoctorConfig(dimension=dimension or str(rewards.manifest["faces"]["name"]), **made)
+    config = DoctorConfig(dimension=dimension or rewards.dimension, **made)
     run = open_run(base, rewards, Path(output), config, options.eval_fraction, resume)
     if run.done:
         return run.output

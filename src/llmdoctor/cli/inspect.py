@@ -61,6 +61,8 @@ def inspect(
     from llmdoctor.rewards.store import RewardStore
 
     store = RewardStore.open(folder)
+    if not store.has_token_rewards:
+        raise UserError(f"no faces have read the pairs in {folder}, so they have no token rewards to look at")
     page = output or folder / "inspection.html"
     check_output(page, folder=False)
     measured = None

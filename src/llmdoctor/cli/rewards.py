@@ -42,7 +42,8 @@ _Faces = Annotated[
         "--faces",
         metavar="DIMENSION",
         help="Under which faces the patient reads the answers: helpful, harmless, honest, polite, positive, "
-        "concise, readable, or one of --faces-file.",
+        "concise, readable, or one of --faces-file. With none nothing is read, which is enough for what "
+        "`llmdoctor train` does by default.",
     ),
 ]
 SourceFormat = Annotated[
@@ -116,7 +117,10 @@ def rewards(
 
     Example: llmdoctor rewards --pairs my-pairs.jsonl --faces helpful -o runs/rewards
     """
-    pair_of_faces = choose_faces(faces, faces_file, paraphrase)
+    from llmdoctor.rewards.faces import NO_FACES
+
+    silent = faces == NO_FACES.name and faces_file is None
+    pair_of_faces = NO_FACES if silent else choose_faces(faces, faces_file, paraphrase)
     check_output(output, folder=True)
     from llmdoctor.data.preferences import load_preferences
 
@@ -145,8 +149,11 @@ def rewards(
             progress=step.advance,
         )
     _summarise(run, store.manifest, time.perf_counter() - start, resumed)
-    run.say(f"the token rewards are in {output}")
-    next_command(run, "inspect", output)
+    if silent:
+        run.say(f"the pairs are in {output}, without token rewards: enough for what training does by default")
+    else:
+        run.say(f"the token rewards are in {output}")
+        next_command(run, "inspect", output)
     next_command(run, "train", "--rewards", output, "-o", "runs/doctor")
 
 
@@ -172,10 +179,8 @@ def _summarise(run: Run, manifest: dict[str, Any], seconds: float, resumed: bool
     speed = "" if resumed else f" ({tokens / seconds:,.0f} tokens/s)"
     reasons = ", ".join(f"{count(pairs)} {reason}" for reason, pairs in manifest["skipped_for"].items())
     skipped = f" ({count(manifest['skipped'])} skipped: {reasons})" if reasons else ""
-    run.say(
-        f"{count(manifest['pairs'])} pairs{skipped}, {count(tokens)} tokens, {percent(kept / max(1, tokens), 1)} of "
-        f"them kept, {duration(seconds)}{speed}"
-    )
+    of_them = f", {percent(kept / max(1, tokens), 1)} of them kept" if manifest["faces"]["positive"] else ""
+    run.say(f"{count(manifest['pairs'])} pairs{skipped}, {count(tokens)} tokens{of_them}, {duration(seconds)}{speed}")
     if manifest["cut"]:
         most = manifest["scoring_options"]["max_completion_length"]
         run.say(

@@ -30,7 +30,7 @@ from llmdoctor.models.context import context_of
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
 from llmdoctor.rewards.face_scorer import FaceScorer
-from llmdoctor.rewards.faces import FacePair
+from llmdoctor.rewards.faces import NO_FACES, FacePair
 from llmdoctor.rewards.intake import checked, named
 from llmdoctor.rewards.scoring import density_threshold, token_importance, token_rewards
 from llmdoctor.rewards.store import (
@@ -117,7 +117,7 @@ def acquire_rewards(
     pairs: Iterable[PreferencePair],
     output: str | Path,
     *,
-    faces: FacePair,
+    faces: FacePair | None,
     scoring: ScoringOptions | None = None,
     rewards: RewardOptions | None = None,
     rescore: bool = False,
@@ -130,7 +130,8 @@ def acquire_rewards(
         patient: the frozen model; its weights are only read.
         pairs: in a fixed order; iterated once, never held in memory as a whole.
         output: folder to write (see `store` for what it holds).
-        faces: the two system prompts.
+        faces: the two system prompts. None only makes tokens of the pairs, which reads nothing: all rewards are zero,
+            and a doctor can learn the pairs' labels, and rounds of a read-out, as `train_doctor` does by default.
         scoring, rewards: options; their defaults if None.
         rescore: allow other reward options than a finished run in `output` had.
         on_bad: what to do with a pair that is no text to the patient, such as a conversation that the chat template
@@ -143,6 +144,7 @@ def acquire_rewards(
     """
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+    faces = NO_FACES if faces is None else faces
     if not isinstance(faces, FacePair):
         raise UserError(f"faces must be one pair of faces, such as face_pairs('positive')[0], got {faces!r:.80}")
     folder, scoring, rewards = Path(output), scoring or ScoringOptions(), rewards or RewardOptions()
@@ -380,8 +382,8 @@ class _ShardWriter:
         return _Encoded(number, pair, (prompts[0], prompts[1]), sides, cut)
 
     @property
-    def _texts(self) -> tuple[str, str]:
-        return self.faces.positive, self.faces.negative
+    def _texts(self) -> tuple[str | None, str | None]:
+        return self.faces.positive or None, self.faces.negative or None
 
     def _sides(self, pair: PreferencePair) -> tuple[tuple[Completion, Completion], int]:
         """Both responses, and how many of them were cut."""
@@ -408,7 +410,7 @@ class _ShardWriter:
         return ""
 
     def _score(self, items: list[_Encoded], progress: Progress) -> list[dict[str, Any]]:
-        if items and self._scorers is None:
+        if items and self._scorers is None and self.faces != NO_FACES:
             head = LogitsHead.for_model(self.patient.model)
             positive, negative = (FaceScorer(self.patient.model, self.encoder, head, text) for text in self._texts)
             self._scorers = (positive, negative)
@@ -418,7 +420,7 @@ class _ShardWriter:
             scored = [
                 scorer.score([item.prompts[face] for item in batch], completions)
                 for face, scorer in enumerate(self._scorers or ())
-            ]
+            ] or [[torch.zeros(len(ids)) for pair in completions for ids in pair]] * 2
             for place, item in enumerate(batch):
                 row: dict[str, Any] = {
                     "index": item.index,

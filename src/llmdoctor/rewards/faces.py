@@ -30,6 +30,10 @@ class FacePair:
         return digest([self.positive, self.negative])
 
 
+NO_FACES = FacePair("none", "", "")
+"""Of pairs that no face reads: they have labels and no token rewards."""
+
+
 def face_pairs(dimension: str, path: str | Path | None = None) -> list[FacePair]:
     """All paraphrases of a dimension's faces: from the shipped list, or from the user's YAML file of the same shape.
 

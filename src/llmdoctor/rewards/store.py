@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from llmdoctor.errors import UserError, first_line
 from llmdoctor.files import digest
+from llmdoctor.rewards.faces import NO_FACES
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -85,6 +87,16 @@ class RewardStore:
     def fingerprint(self) -> dict[str, str]:
         """Fingerprints of everything the rewards depend on."""
         return {**self.manifest["fingerprint"], "rewards": digest(self.manifest["reward_options"])}
+
+    @property
+    def has_token_rewards(self) -> bool:
+        """Whether faces have read the pairs; else there are labels only."""
+        return bool(self.manifest["faces"] != asdict(NO_FACES))
+
+    @property
+    def dimension(self) -> str:
+        """What the faces differ in; "" where none has read the pairs."""
+        return str(self.manifest["faces"]["name"]) if self.has_token_rewards else ""
 
     def rows(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Rows in the order of the data, read in blocks; UserError for a damaged file."""

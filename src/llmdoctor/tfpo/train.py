@@ -51,8 +51,9 @@ def train_doctor(
 
     Args:
         base: the doctor's base model. With LoRA it is itself again afterwards; else all its weights are trained.
-        rewards: from stage 1; where the base has another tokenizer than the patient that gave them, they are carried
-            over to its tokens (`rewards.transfer`).
+        rewards: from stage 1; where only labels are learned from pairs, no faces need have read them. Where the base
+            has another tokenizer than the patient that gave them, they are carried over to its tokens
+            (`rewards.transfer`).
         config: training arguments; `output_dir` is the doctor's folder.
         options: what is trained; defaults if None.
         rounds: how the rounds go; defaults if None. Without rounds it learns from the pairs and their token rewards.
@@ -92,7 +93,7 @@ def train_doctor(
         config.eval_strategy = "no"
     lesson = Lesson(
         base, _patient_of(rewards, patient, base) if rounds.rounds else None, rewards, carried, train_set, held_out,
-        config, options, dimension or str(rewards.manifest["faces"]["name"]), tuple(callbacks), told or _silent,
+        config, options, dimension or rewards.dimension, tuple(callbacks), told or _silent,
     )  # fmt: skip
     if rounds.merges:
         _teach_both(lesson, rounds, output, resume)
@@ -109,6 +110,12 @@ def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOpti
             "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
             "are trained on the pairs"
         )
+    if not rewards.has_token_rewards and (learner := _of_token_rewards(config, rounds)):
+        raise UserError(
+            f"no faces have read the pairs in {rewards.folder}, so they have no token rewards, of which {learner} "
+            "learns: make them with faces (llmdoctor rewards --faces NAME), or learn the labels alone, as rounds do by "
+            "default"
+        )
     if Path(config.output_dir).resolve() == rewards.folder.resolve():
         raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
     held_out = held_out_pairs(len(rewards), options.eval_fraction)
@@ -119,6 +126,17 @@ def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOpti
             f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
             f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
         )
+
+
+def _of_token_rewards(config: TFPOConfig, rounds: RoundOptions) -> str:
+    """The setting by which something is learned of the pairs' token rewards; "" where nothing is."""
+    if rounds.rounds and not (rounds.merges or rounds.pairs_first):
+        return ""
+    of_second = rounds.rounds and not rounds.pairs_first
+    objective = rounds.pairs_objective if of_second else config.objective
+    if objective != "none":
+        return f"{'pairs_objective' if of_second else 'objective'} {objective}"
+    return f"branch_coef {config.branch_coef:g}" if config.branch_coef else ""
 
 
 def _teach_both(lesson: Lesson, rounds: RoundOptions, output: Path, resume: bool) -> None:
