@@ -106,14 +106,14 @@ def test_tokens_and_cost_by_hand():
         assert judge_of(server.url).report().cost is None
 
 
-def test_tokens_nobody_counted_are_a_quarter_of_the_characters():
+def test_tokens_nobody_counted_are_a_quarter_of_the_bytes():
     says = [Say('{"verdict": "A"}', usage=False), Say('{"verdict": "B"}', usage=False)]
     with serving(Judging(*says)) as server:
         judge = judge_of(server.url)
         judge.compare(*some(1))
     report = judge.report()
     assert report.unmetered == 2
-    assert report.input_tokens == sum(-(-len(question) // 4) for question in server.questions)
+    assert report.input_tokens == sum(-(-len(question.encode()) // 4) for question in server.questions)
     assert report.output_tokens == 2 * 4
 
 
@@ -127,7 +127,7 @@ def test_the_estimate_is_what_will_be_asked(tmp_path):
         judge.compare(prompts, first, second)
     assert (estimate.requests, estimate.uncached) == (6, 4)
     assert len(server.bodies) == 2 + estimate.uncached
-    assert estimate.input_tokens == sum(-(-len(question) // 4) for question in server.questions[2:])
+    assert estimate.input_tokens == sum(-(-len(question.encode()) // 4) for question in server.questions[2:])
     assert estimate.output_tokens == 4 * 50
     assert estimate.price == pytest.approx((estimate.input_tokens * 4 + 200 * 8) / 1e6)
     assert estimate.attempts == 3
