@@ -332,6 +332,7 @@ def test_who_needs_token_rewards_says_so(
 PROCESSES = """
 import os
 import sys
+import torch
 from pathlib import Path
 from llmdoctor.models.loading import load_model
 from llmdoctor.rewards.store import RewardStore
@@ -355,6 +356,8 @@ train_doctor(
     base, RewardStore.open(rewards), settings, options=DoctorOptions(lora_rank=2, eval_fraction=0.25), patient=patient,
     rounds=RoundOptions(rounds=2, round_prompts=6, round_eta=0.5, pairs_weight=0.25),
 )
+# Threads that listen to the other process may abort this one at its exit.
+torch.distributed.destroy_process_group()
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +125,7 @@ def train(
     model = _patient(run, store, *how) if base is None else load(run, base, *how)
     patient = _patient(run, store, *how) if rounds.rounds else None
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
-    with quiet_training(run.verbose):
+    with quiet_training(run.verbose), _one_of_several():
         train_doctor(
             model,
             store,
@@ -138,6 +140,18 @@ def train(
         )
     run.progress.close()
     _summarise(run, store, output)
+
+
+@contextmanager
+def _one_of_several() -> Iterator[None]:
+    """Where processes train together, they part at the end: threads that still listen to the others abort at exit."""
+    try:
+        yield
+    finally:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _patient(run: Run, store: RewardStore, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel:
