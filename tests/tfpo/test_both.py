@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.killing import JobServer, last_step
 from tests.tiny import OTHER_CORPUS, acquire, byte_level, config, load, save_tiny, some_pairs, tensors
+from tests.twoprocs import in_two_processes
 
 from llmdoctor.baselines.implicit import accuracy, implicit_rewards
 from llmdoctor.decoding.engine import GuidedDecoder
@@ -361,36 +358,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def in_two_processes(tiny_folder: Path, store: RewardStore, folder: Path, fails: str = "") -> list[tuple[int, str]]:
-    """The exit status of each, and what it said."""
-    tests = Path(__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FAILS": fails,
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")]), "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESSES, tiny_folder, store.folder, folder],
-            env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
-
-
 def test_a_process_that_cannot_draw_stops_the_other(tiny_folder: Path, store: RewardStore, tmp_path: Path) -> None:
     """Else that one would wait for its answers for half an hour."""
-    (status, other), (own_status, own) = in_two_processes(tiny_folder, store, tmp_path / "two", fails="1")
+    (status, other), (own_status, own) = in_two_processes(
+        PROCESSES, tiny_folder, store.folder, tmp_path / "two", FAILS="1"
+    )
     assert status
     assert own_status
     assert own.strip().endswith("RuntimeError: a fan broke")
@@ -402,7 +374,7 @@ def test_two_processes_train_one_doctor(tiny_folder: Path, store: RewardStore, t
 
     Each draws half of the answers of both rounds: two to each of eight prompts, six in whole batches.
     """
-    for status, said in in_two_processes(tiny_folder, store, tmp_path / "two"):
+    for status, said in in_two_processes(PROCESSES, tiny_folder, store.folder, tmp_path / "two"):
         assert status == 0, said[-3000:]
     assert (tmp_path / "two.drawn").read_text(encoding="utf-8").split() == ["8"] * 4
     alone = train(load(tiny_folder), store, tmp_path / "one", patient=load(tiny_folder))

@@ -5,12 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.tiny import LORA, acquire, config, fresh_doctor, load, naive_logps, pair, shaken, some_pairs, tensors
+from tests.twoprocs import in_two_processes
 from torch import Tensor
 
 from llmdoctor.data.chat import ChatEncoder
@@ -248,27 +245,9 @@ def test_processes_stop_together_where_one_diverges(
     tiny_folder: Path, store: RewardStore, tmp_path: Path, bad: int, accumulated: int
 ) -> None:
     """Else those that see nothing wrong would wait for the others, for hours, and nothing would be saved."""
-    tests = Path(__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-              "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}  # fmt: skip
-    command = [sys.executable, "-c", _PROCESS, tiny_folder, store.folder, tmp_path / "out", bad, accumulated]
-    processes = [
-        subprocess.Popen(
-            list(map(str, command)), env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [7, 7], said
-    assert all("training diverged at step 2" in each for each in said), said
+    ended = in_two_processes(_PROCESS, tiny_folder, store.folder, tmp_path / "out", bad, accumulated)
+    assert [status for status, _ in ended] == [7, 7], ended
+    assert all("training diverged at step 2" in said for _, said in ended), ended
     assert list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
 
 
