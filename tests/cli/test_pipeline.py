@@ -135,6 +135,7 @@ def test_pairs_that_no_faces_read(good: Cli, cli: Cli, tiny_folder: Path, tmp_pa
     pairs, rewards = write_jsonl(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "bare"
     made = good("rewards", "--pairs", pairs, "--faces", "none", "--patient", tiny_folder, "-o", rewards, *CPU)
     assert "kept" not in made.out
+    assert "scoring" not in made.err
     assert f"the pairs are in {rewards}, without token rewards" in made.out
     assert "llmdoctor inspect" not in made.out
     assert "so they have no token rewards to look at" in cli("inspect", rewards).err
@@ -142,8 +143,9 @@ def test_pairs_that_no_faces_read(good: Cli, cli: Cli, tiny_folder: Path, tmp_pa
     told = cli("train", "--rewards", rewards, "-o", doctor, "--rounds", 0)
     assert "so they have no token rewards, of which objective subtb learns" in told.err
     assert "loading" not in told.err
-    good("train", "--rewards", rewards, "-o", doctor, "--rounds", 1, "--round-prompts", 2, "--lora-rank", 2,
+    made = good("train", "--rewards", rewards, "-o", doctor, "--rounds", 1, "--round-prompts", 2, "--lora-rank", 2,
          "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)  # fmt: skip
+    assert f"the doctor is in {doctor}" in made.out
     assert DoctorConfig.load(doctor).dimension == ""
 
 

@@ -136,7 +136,7 @@ def rewards(
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Scored pairs are kept in {output}; the same command goes on from there."
     start = time.perf_counter()
-    with run.progress.step("scoring", total, "pairs") as step:
+    with run.progress.step("splitting into tokens" if silent else "scoring", total, "pairs") as step:
         store = acquire_rewards(
             model,
             source,

@@ -195,6 +195,7 @@ def _summarise(run: Run, store: RewardStore, output: Path) -> None:
         text = percent_of(value, held_out) if name == "preference_accuracy" else f"{value:.4g}"
         table.add_row(name.replace("_", " "), text)
     run.console.print(table)
-    run.say(f"the doctor for {doctor['dimension']!r} is in {output}")
+    trained_for = f" for {doctor['dimension']!r}" if doctor["dimension"] else ""
+    run.say(f"the doctor{trained_for} is in {output}")
     patient = ["--patient", str(store.manifest["patient"])]
     next_command(run, "generate", "How was your day?", *patient, "--doctor", f"{output}=1.0")
