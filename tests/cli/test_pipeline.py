@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.cli.harness import CPU, PAIRS, Cli, write_jsonl
+from tests.twoprocs import in_two_processes
 
 from llmdoctor.data.preferences import load_preferences
 from llmdoctor.models.doctor import DoctorConfig
@@ -28,7 +31,7 @@ def test_from_prompts_to_guided_answers(
                 "--samples", 2, "--max-new-tokens", 5, "--batch-size", 4, *CPU)  # fmt: skip
     assert "6 pairs of 6 prompts" in made.out
     assert "answering: 6 prompts in" in made.err
-    assert f"next: llmdoctor rewards --pairs {pairs}" in made.out
+    assert f"next: llmdoctor train --pairs {pairs}" in made.out
     assert len(list(load_preferences(pairs))) == 6
     assert json.loads((tmp_path / "pairs.jsonl.gz.recipe.json").read_text())["scorer"] == "my_scorer:letters"
 
@@ -147,6 +150,50 @@ def test_pairs_that_no_faces_read(good: Cli, cli: Cli, tiny_folder: Path, tmp_pa
          "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)  # fmt: skip
     assert f"the doctor is in {doctor}" in made.out
     assert DoctorConfig.load(doctor).dimension == ""
+
+
+def test_training_straight_from_pairs(good: Cli, cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    """The same doctor, to the bit, as of the folder that `llmdoctor rewards` makes."""
+    pairs, rewards = write_jsonl(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "bare"
+    good("rewards", "--pairs", pairs, "--faces", "none", "--patient", tiny_folder, "-o", rewards, *CPU)
+    how = ("--rounds", 1, "--round-prompts", 2, "--lora-rank", 2, "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)
+    good("train", "--rewards", rewards, "-o", tmp_path / "two", *how)
+    command = ("train", "--pairs", pairs, "--patient", tiny_folder, "--dimension", "polite", "-o", tmp_path / "one")
+    made = good(*command, *how)
+    assert "4 pairs, " in made.out
+    assert f"next: llmdoctor generate 'How was your day?' --patient {tiny_folder}" in made.out
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert DoctorConfig.load(tmp_path / "one").dimension == "polite"
+    assert RewardStore.open(tmp_path / "one" / "pairs").manifest["pairs"] == 4
+    assert "training: " not in good(*command, *how).err, "all is done"
+    good("generate", "Hi", "--patient", tiny_folder, "--doctor", tmp_path / "one", "--max-new-tokens", 1, *CPU)
+
+    more = write_jsonl(tmp_path / "more.jsonl", [*PAIRS, {"prompt": "Hm?", "chosen": "Yes.", "rejected": "No."}])
+    other = ("train", "--pairs", more, *command[3:], *how)
+    assert "stored" in cli(*other).err, "other pairs are not mixed with those that are there"
+    good(*other, "--restart")
+    assert RewardStore.open(tmp_path / "one" / "pairs").manifest["pairs"] == 5
+
+
+def test_two_processes_train_straight_from_pairs(tiny_folder: Path, tmp_path: Path) -> None:
+    """One of them makes the tokens, and the other waits for it."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    command = ("train", "--pairs", pairs, "--patient", tiny_folder, "-o", tmp_path / "doctor", "--rounds", 1,
+               "--round-prompts", 2, "--lora-rank", 2, "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)  # fmt: skip
+    for status, said in in_two_processes("from llmdoctor.cli.main import main; main()", *command):
+        assert status == 0, said[-3000:]
+    assert RewardStore.open(tmp_path / "doctor" / "pairs").manifest["pairs"] == 4
+    assert DoctorConfig.load(tmp_path / "doctor").base == str(tiny_folder)
+
+
+def test_token_rewards_and_training_in_one(good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    good("train", "--pairs", pairs, "--faces", "polite", "--patient", tiny_folder, "-o", tmp_path / "doctor",
+         "--rounds", 0, "--num-train-epochs", 1, *CPU)  # fmt: skip
+    assert DoctorConfig.load(tmp_path / "doctor").dimension == "polite"
+    assert RewardStore.open(tmp_path / "doctor" / "pairs").has_token_rewards
 
 
 def test_rewards_are_rescored_without_scoring_again(

@@ -33,7 +33,7 @@ def test_a_doctor_on_a_shrunk_patient(
     acceptance, kl = (record["held_out"]["after"][name] for name in ("acceptance", "kl"))
     assert f"1 of 2 layers; a token reads {100 * share:.0f} % of the patient's weights" in done.out
     assert f"accepted with {100 * acceptance:.1f} %, KL {kl:.2f} nats a token" in done.out
-    assert f"next: llmdoctor train --rewards runs/rewards --base {small} -o runs/doctor" in done.out
+    assert f"--patient {tiny_folder} --base {small} -o runs/doctor" in done.out
     assert "drawing answers: 0 of 90 tokens" in done.err
     assert "distilling: 4 steps in" in done.err
     assert "{'" not in done.out, "a dict that the Trainer printed"

@@ -108,5 +108,5 @@ def pairs(
         f"{recipe['pairs']} pairs of {recipe['prompts']} prompts are in {output}, how they were made in "
         f"{output}.recipe.json"
     )
-    dimension = faces or "DIMENSION"
-    next_command(run, "rewards", "--pairs", output, "--faces", dimension, "--patient", patient, "-o", "runs/rewards")
+    called = ["--dimension", faces] if faces else []
+    next_command(run, "train", "--pairs", output, *called, "--patient", patient, "-o", "runs/doctor")

@@ -26,16 +26,17 @@ from llmdoctor.cli.options import (
 
 if TYPE_CHECKING:
     from llmdoctor.data.preferences import OnBad, PreferenceSource
+    from llmdoctor.models.loading import LoadedModel
+    from llmdoctor.rewards.faces import FacePair
+    from llmdoctor.rewards.store import RewardStore
 
-PairsOption = Annotated[
-    str,
-    typer.Option(
-        "--pairs",
-        metavar="SOURCE",
-        help="A .jsonl, .json or .parquet file (or a folder of them) with prompt, chosen, rejected; builtin:NAME; "
-        "or a data set on the hub as owner/name.",
-    ),
-]
+PAIRS = typer.Option(
+    "--pairs",
+    metavar="SOURCE",
+    help="A .jsonl, .json or .parquet file (or a folder of them) with prompt, chosen, rejected; builtin:NAME; "
+    "or a data set on the hub as owner/name.",
+)
+PairsOption = Annotated[str, PAIRS]
 _Faces = Annotated[
     str,
     typer.Option(
@@ -127,34 +128,43 @@ def rewards(
     source = load_preferences(
         pairs, split=split, format=source_format, dimension=dimension, limit=limit, on_bad=cast("OnBad", on_bad)
     )
-    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, acquire_rewards, check_settings
+    from llmdoctor.rewards.acquire import RewardOptions, ScoringOptions, check_settings
 
     scoring, rewarding = ScoringOptions(**scoring_options), RewardOptions(**reward_options)
     check_settings(output, pair_of_faces, scoring, rewarding, rescore)
     total = count_pairs(run, source)
-    resumed = any((output / "logps").glob("*.parquet"))
     model = load(run, patient, dtype, device, trust_remote_code)
     run.kept = f"Scored pairs are kept in {output}; the same command goes on from there."
-    start = time.perf_counter()
-    with run.progress.step("splitting into tokens" if silent else "scoring", total, "pairs") as step:
-        store = acquire_rewards(
-            model,
-            source,
-            output,
-            faces=pair_of_faces,
-            scoring=scoring,
-            rewards=rewarding,
-            rescore=rescore,
-            on_bad="skip" if on_bad == "skip" else "error",
-            progress=step.advance,
-        )
-    _summarise(run, store.manifest, time.perf_counter() - start, resumed)
+    score(
+        run, model, source, output, pair_of_faces, total, scoring=scoring, rewards=rewarding, rescore=rescore,
+        on_bad="skip" if on_bad == "skip" else "error",
+    )  # fmt: skip
     if silent:
         run.say(f"the pairs are in {output}, without token rewards: enough for what training does by default")
     else:
         run.say(f"the token rewards are in {output}")
         next_command(run, "inspect", output)
     next_command(run, "train", "--rewards", output, "-o", "runs/doctor")
+
+
+def score(
+    run: Run,
+    patient: LoadedModel,
+    pairs: PreferenceSource,
+    output: Path,
+    faces: FacePair,
+    total: int | None,
+    **how: Any,
+) -> RewardStore:
+    """`acquire_rewards`, shown while it runs, and what came of it."""
+    from llmdoctor.rewards.acquire import acquire_rewards
+
+    resumed = any((output / "logps").glob("*.parquet"))
+    start = time.perf_counter()
+    with run.progress.step("scoring" if faces.positive else "splitting into tokens", total, "pairs") as step:
+        store = acquire_rewards(patient, pairs, output, faces=faces, progress=step.advance, **how)
+    _summarise(run, store.manifest, time.perf_counter() - start, resumed)
+    return store
 
 
 def count_pairs(run: Run, source: PreferenceSource) -> int | None:

@@ -74,4 +74,4 @@ def shrink(
         f"KL {held_out['kl']:.2f} nats a token"
     )
     run.say(f"the small model is in {output}")
-    next_command(run, "train", "--rewards", "runs/rewards", "--base", output, "-o", "runs/doctor")
+    next_command(run, "train", "--pairs", "PAIRS", "--patient", patient, "--base", output, "-o", "runs/doctor")

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from llmdoctor.cli.command import Run, command
 from llmdoctor.cli.fields import FieldsOf
-from llmdoctor.cli.options import Device, Dtype, TrustRemoteCode, check_output, load, next_command
+from llmdoctor.cli.options import (
+    DEFAULT_PATIENT,
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    check_output,
+    choose_faces,
+    load,
+    next_command,
+)
+from llmdoctor.cli.rewards import PAIRS, LimitOption, OnBadOption, SourceFormat, SplitOption, count_pairs, score
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
+    from llmdoctor.data.preferences import OnBad
     from llmdoctor.models.loading import LoadedModel
+    from llmdoctor.rewards.faces import FacePair
     from llmdoctor.rewards.store import RewardStore
     from llmdoctor.tfpo.config import TFPOConfig
 
@@ -40,12 +53,32 @@ _Base = Annotated[
         "another the rewards are carried over. By default the patient that made the rewards.",
     ),
 ]
+_Patient = Annotated[
+    str | None,
+    typer.Option(
+        "--patient",
+        metavar="MODEL",
+        help="With --pairs, the frozen model that the doctor is for: a hub id, a folder, a .gguf file or, by default, "
+        f"{DEFAULT_PATIENT}.",
+    ),
+]
 _Dimension = Annotated[
-    str, typer.Option("--dimension", metavar="NAME", help="What the doctor is for; by default the faces' name.")
+    str,
+    typer.Option(
+        "--dimension",
+        metavar="NAME",
+        help="What the doctor is for; by default the faces' name. Of --pairs with several labels it is also the one "
+        "that is learned.",
+    ),
 ]
 _Faces = Annotated[
     str | None,
-    typer.Option("--faces", metavar="DIMENSION", help="Refuse rewards that were made with other faces than these."),
+    typer.Option(
+        "--faces",
+        metavar="DIMENSION",
+        help="With --pairs, give tokens rewards by these faces first, as `llmdoctor rewards` does; by default there "
+        "are none. With --rewards, refuse those that were made with other faces.",
+    ),
 ]
 _Resume = Annotated[
     bool,
@@ -68,16 +101,29 @@ _MaxSteps = Annotated[
 ]
 
 
+PAIRS_FOLDER = "pairs"
+"""Of a doctor's folder: where the pairs of `--pairs` lie once they are tokens."""
+
+
 @command
 def train(
     run: Run,
     *,
-    rewards: Annotated[Path, typer.Option("--rewards", metavar="FOLDER", help="Written by `llmdoctor rewards`.")],
+    pairs: Annotated[str | None, PAIRS] = None,
+    rewards: Annotated[
+        Path | None,
+        typer.Option("--rewards", metavar="FOLDER", help="In place of --pairs: written by `llmdoctor rewards`."),
+    ] = None,
     output: _Output,
+    patient: _Patient = None,
     base: _Base = None,
     dimension: _Dimension = "",
     faces: _Faces = None,
     resume: _Resume = True,
+    source_format: SourceFormat = "auto",
+    split: SplitOption = "train",
+    limit: LimitOption = None,
+    on_bad: OnBadOption = "auto",
     doctor_options: _DoctorOptions,
     objective: Annotated[dict[str, Any], FieldsOf(*_CONFIG, panel="Objective", only=_OBJECTIVE)],
     round_options: _Rounds,
@@ -91,22 +137,24 @@ def train(
 ) -> None:
     """Train a doctor (stage 2): one in rounds on answers under its own guidance, one on labels, and of both the mean.
 
-    A run that was cut goes on from its last checkpoint when the same command is given again.
+    That takes preference pairs, --pairs, and no token rewards. What learns of those, the paper's way (--rounds 0),
+    takes --faces, too, or --rewards, the folder that `llmdoctor rewards` made. A run that was cut goes on from its
+    last checkpoint when the same command is given again.
 
-    Example: llmdoctor train --rewards runs/rewards -o runs/doctor
+    Example: llmdoctor train --pairs my-pairs.jsonl -o runs/doctor
     """
-    from llmdoctor.rewards.store import RewardStore
-
-    store = RewardStore.open(rewards)
-    made_with = str(store.manifest["faces"]["name"])
-    if faces is not None and faces not in (made_with, made_with.partition("#")[0]):
-        raise UserError(f"the rewards in {rewards} were made with the faces {made_with!r}, not {faces!r}")
+    _check_source(
+        pairs, rewards, patient=patient is not None, format=source_format != "auto", split=split != "train",
+        limit=limit is not None, on_bad=on_bad != "auto",
+    )  # fmt: skip
     check_output(output, folder=True)
     from llmdoctor.cli.training_callback import quiet_training
+    from llmdoctor.data.preferences import load_preferences
     from llmdoctor.models.loading import resolve_device, resolve_dtype
+    from llmdoctor.tfpo.lesson import first_process, held_out_pairs
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
-    from llmdoctor.tfpo.train import check_training, train_doctor
+    from llmdoctor.tfpo.train import check_settings, check_training, train_doctor
 
     options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
     resolve_dtype(dtype, resolve_device(device))
@@ -120,10 +168,36 @@ def train(
         **objective,
         **training,
     )
-    check_training(store, config, options, rounds)
     how = (dtype, device, trust_remote_code)
+    if pairs is not None:
+        face_pair = _faces_of(faces)
+        check_settings(config, options, rounds, token_rewards=bool(face_pair.positive))
+        source = load_preferences(
+            pairs, split=split, format=source_format, dimension=dimension or None, limit=limit,
+            on_bad=cast("OnBad", on_bad),
+        )  # fmt: skip
+        total = count_pairs(run, source)
+        if total is not None:
+            held_out_pairs(total, options.eval_fraction)
+        folder = output / PAIRS_FOLDER
+        loaded = load(run, patient or DEFAULT_PATIENT, *how)
+        run.kept = f"What is done is kept in {output}; the same command goes on from there."
+        with first_process(config) as first:
+            if first and not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            store = score(
+                run, loaded, source, folder, face_pair, total, on_bad="skip" if on_bad == "skip" else "error"
+            )  # fmt: skip
+        check_training(store, config, options, rounds)
+    else:
+        assert rewards is not None
+        store = _opened(rewards, faces)
+        check_training(store, config, options, rounds)
+        loaded = None
     model = _patient(run, store, *how) if base is None else load(run, base, *how)
-    patient = _patient(run, store, *how) if rounds.rounds else None
+    patient_model = None
+    if rounds.rounds:
+        patient_model = loaded or _patient(run, store, *how)
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
     with quiet_training(run.verbose), _one_of_several():
         train_doctor(
@@ -132,7 +206,7 @@ def train(
             config,
             options=options,
             rounds=rounds,
-            patient=patient,
+            patient=patient_model,
             dimension=dimension,
             resume=resume,
             callbacks=[run.progress.training_callback("training")],
@@ -140,6 +214,40 @@ def train(
         )
     run.progress.close()
     _summarise(run, store, output)
+
+
+def _faces_of(name: str | None) -> FacePair:
+    """The shipped faces of that name; those that read nothing without one."""
+    from llmdoctor.rewards.faces import NO_FACES
+
+    return NO_FACES if name in (None, NO_FACES.name) else choose_faces(name, None, 1)
+
+
+def _opened(folder: Path, faces: str | None) -> RewardStore:
+    """The token rewards there; UserError where they were made with other faces than those that are named."""
+    from llmdoctor.rewards.store import RewardStore
+
+    store = RewardStore.open(folder)
+    made_with = str(store.manifest["faces"]["name"])
+    if faces is not None and faces not in (made_with, made_with.partition("#")[0]):
+        raise UserError(f"the rewards in {folder} were made with the faces {made_with!r}, not {faces!r}")
+    return store
+
+
+def _check_source(pairs: str | None, rewards: Path | None, **of_pairs: bool) -> None:
+    """UserError unless there is one source, and nothing that only the other would go by."""
+    if (pairs is None) == (rewards is None):
+        raise UserError(
+            "give --pairs or --rewards, not both"
+            if pairs is not None
+            else "there is nothing to learn from: give --pairs with preference pairs, or --rewards with what "
+            "`llmdoctor rewards` made of them"
+        )
+    given = [name for name, changed in of_pairs.items() if changed]
+    if pairs is None and given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} says how --pairs are read, and --rewards are read already: leave it out"
+        )
 
 
 @contextmanager

@@ -104,18 +104,7 @@ def train_doctor(
 
 def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions) -> None:
     """What `train_doctor` can refuse without a model, with its errors: told before one is loaded."""
-    _check_heard(config, rounds)
-    if rounds.rounds and not options.lora:
-        raise UserError(
-            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
-            "are trained on the pairs"
-        )
-    if not rewards.has_token_rewards and (learner := _of_token_rewards(config, rounds)):
-        raise UserError(
-            f"no faces have read the pairs in {rewards.folder}, so they have no token rewards, of which {learner} "
-            "learns: make them with faces (llmdoctor rewards --faces NAME), or learn the labels alone, as rounds do by "
-            "default"
-        )
+    check_settings(config, options, rounds, token_rewards=rewards.has_token_rewards)
     if Path(config.output_dir).resolve() == rewards.folder.resolve():
         raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
     held_out = held_out_pairs(len(rewards), options.eval_fraction)
@@ -125,6 +114,22 @@ def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOpti
         raise UserError(
             f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
             f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
+        )
+
+
+def check_settings(config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions, *, token_rewards: bool) -> None:
+    """Of `check_training` what can be told without the pairs; `token_rewards` says whether they have any."""
+    _check_heard(config, rounds)
+    if rounds.rounds and not options.lora:
+        raise UserError(
+            "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
+            "are trained on the pairs"
+        )
+    if not token_rewards and (learner := _of_token_rewards(config, rounds)):
+        raise UserError(
+            f"no faces read the pairs, so they have no token rewards, of which {learner} learns: make them with faces "
+            "(--faces NAME, or in Python the faces of acquire_rewards), or learn the labels alone, as rounds do by "
+            "default"
         )
 
 
