@@ -113,6 +113,26 @@ def test_one_that_is_put_together_by_hand_is_in_evaluation_mode(folder: Path) ->
     assert not LoadedModel(model, tiny_tokenizer(), "mine", {}).model.training
 
 
+def test_one_that_is_loaded_already_is_known_as_the_folder_that_it_came_from(saved: Path) -> None:
+    loaded = load(saved)
+    own = LoadedModel.of(tiny_llama().train(), tiny_tokenizer(), saved)
+    assert (own.spec, own.fingerprint) == (loaded.spec, loaded.fingerprint)
+    assert not own.model.training
+    assert not any(parameter.requires_grad for parameter in own.model.parameters())
+    assert own.tokenizer.padding_side == "left"
+    with pytest.raises(UserError, match="There is no folder"):
+        LoadedModel.of(tiny_llama(), tiny_tokenizer(), saved / "elsewhere")
+
+
+def test_one_that_is_loaded_already_and_came_from_nowhere_is_known_by_its_weights() -> None:
+    own, same = (LoadedModel.of(tiny_llama(), tiny_tokenizer()) for _ in range(2))
+    assert own.spec == "LlamaForCausalLM in memory"
+    assert own.fingerprint == same.fingerprint
+    changed = tiny_llama()
+    changed.get_input_embeddings().weight.data[0, 0] += 1
+    assert LoadedModel.of(changed, tiny_tokenizer()).fingerprint["model"] != own.fingerprint["model"]
+
+
 def test_a_padding_token_that_is_there_is_kept(folder: Path) -> None:
     tiny_tokenizer(pad_token="c").save_pretrained(folder)
     assert load(folder).tokenizer.pad_token == "c"

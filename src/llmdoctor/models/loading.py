@@ -50,6 +50,28 @@ class LoadedModel:
         # One that is put together by hand may come from a training, where dropout would change what is decoded.
         self.model.eval()
 
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: str | os.PathLike[str] | None = None
+    ) -> LoadedModel:
+        """A causal LM that is loaded already, in whatever way: quantised, sharded, …; it is frozen.
+
+        Args:
+            model, tokenizer: used as they are; the tokenizer pads on the left from now on.
+            spec: what `load_model` would find its weights by, where they are unchanged but for dtype or quantisation:
+                then doctors, rewards and drafts that were made with the one serve the other, and training can load it
+                a second time. Without it the weights in memory are what it is known by.
+
+        Raises:
+            UserError: no model behind `spec`, or a tokenizer that does not fit.
+        """
+        name = os.fspath(spec) if spec is not None else f"{type(model).__name__} in memory"
+        _prepare_tokenizer(name, tokenizer, model)
+        model.requires_grad_(False)
+        stored = weights_fingerprint(model) if spec is None else stored_weights_fingerprint(name)
+        fingerprint = _fingerprint(stored, tokenizer, model.dtype)
+        return cls(model, tokenizer, name if spec is None else _from_anywhere(name), fingerprint)
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -96,12 +118,7 @@ def load_model(
         raise UserError(f"{spec} does not fit into the memory of the GPUs here; give more of them, or a smaller model")
     _prepare_tokenizer(spec, tokenizer, model)
     model.eval().requires_grad_(False)
-    fingerprint = {
-        "model": _stored_weights_fingerprint(source),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": template_fingerprint(tokenizer),
-        "dtype": str(torch_dtype).removeprefix("torch."),
-    }
+    fingerprint = _fingerprint(_stored_weights_fingerprint(source), tokenizer, torch_dtype)
     pinned = _from_anywhere(spec) if revision is None else f"{spec}@{revision}"
     return LoadedModel(model=model, tokenizer=tokenizer, spec=pinned, fingerprint=fingerprint)
 
@@ -123,6 +140,15 @@ def split_revision(spec: str) -> tuple[str, str | None]:
 def name_base(adapter: Any, spec: str) -> None:
     """Name the base in a peft config; else it is the folder of this machine where the base's files lie."""
     adapter.base_model_name_or_path, adapter.revision = split_revision(spec)
+
+
+def _fingerprint(weights: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, str]:
+    return {
+        "model": weights,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": template_fingerprint(tokenizer),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def stored_weights_fingerprint(spec: str) -> str:
