@@ -239,6 +239,14 @@ def test_what_it_does_not_take() -> None:
         assert network_of(model.get_decoder()) is None
 
 
+def test_one_that_was_asked_for_hidden_states_is_still_run() -> None:
+    """transformers leaves hooks in it."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model(input_ids=torch.tensor([[5, 9]]), output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert network_of(model.get_decoder()) is not None
+
+
 # Adapters
 
 
@@ -316,6 +324,39 @@ def test_voices_are_the_merged_models(folders: list[Path], tiny_folder: Path) ->
         rows = [[*row, 50 + place % 2] for place, row in enumerate(rows)]
         check(lane, lane.outputs(states.unflatten(0, (-1, 4))[:, range(4), [0, 1, 0, 1]].flatten(0, 1)), rows)
         check(lane, lane.step(torch.full((4,), 15)), [[*row, 15] for row in rows])
+
+
+def test_tapped_layers_are_the_merged_models(deep_folder: Path, tmp_path: Path) -> None:
+    """Below the first layer that an adapter changes, and above it, where each voice has its own."""
+    with torch.inference_mode(False):
+        doctor = shaken(Doctor.from_base(load(deep_folder), lora={**LORA, "layers_to_transform": [2, 3]}))
+        doctor.save_pretrained(tmp_path / "doctor")
+    patient = load(deep_folder)
+    adapter = Adapter.load(tmp_path / "doctor" / ADAPTER_FOLDER, patient.model)
+    spec = LaneSpec(patient.model, None, LogitsHead.for_model(patient.model), None, [None, adapter], tapped=(0, 3))
+    rows = [[5, 9, 200], [7, 8, 9]]
+    lane = Lane(spec, rows, 3)
+    states = lane.prefill_states()
+    rows = [[*row, 11] for row in rows]
+    states = torch.cat([states, lane.step_states(torch.tensor([11, 11]))], dim=1)
+    models = [patient.model, merged(tmp_path / "doctor", deep_folder)]
+    expected = []
+    for model in models:
+        whole = model(input_ids=torch.tensor(rows), use_cache=False, output_hidden_states=True).hidden_states
+        expected.append(torch.cat([whole[-1], whole[1], whole[4]], dim=-1))
+    assert torch.allclose(states, torch.cat(expected), atol=2e-4)
+    assert torch.allclose(lane.outputs(states), models[0].lm_head(states[..., :32]), atol=1e-5)
+
+
+def test_tapped_layers_of_a_model_that_transformers_runs() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu")).eval()
+    assert network_of(model.get_decoder()) is None
+    lane = Lane(LaneSpec(model, None, LogitsHead.for_model(model), tapped=(0,)), [[5, 9, 7], [7, 8, 9]], 3)
+    states = torch.cat([lane.prefill_states(), lane.step_states(torch.tensor([11, 11]))], dim=1)
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+    whole = model(input_ids=torch.tensor([[5, 9, 7, 11], [7, 8, 9, 11]]), use_cache=False, output_hidden_states=True)
+    assert torch.allclose(states, torch.cat([whole.hidden_states[-1], whole.hidden_states[1]], dim=-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -43,7 +43,10 @@ def draft(patient: LoadedModel) -> DraftModel:
     """Untrained, on a part of the vocabulary: its guesses are bad, and some tokens cannot be guessed at all."""
     width = int(patient.model.get_output_embeddings().weight.shape[0])
     vocabulary = torch.arange(width)[torch.arange(width) % 3 != 1]
-    return DraftModel.from_layers(patient.model, [1], vocabulary).requires_grad_(False).eval()
+    drafter = DraftModel.from_layers(patient.model, [1], vocabulary, [0]).requires_grad_(False).eval()
+    assert drafter.fuse_lower is not None
+    torch.nn.init.normal_(drafter.fuse_lower.weight, std=0.2, generator=torch.Generator().manual_seed(2))
+    return drafter
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +296,41 @@ def oracle(monkeypatch: pytest.MonkeyPatch, truth: dict[int, list[int]], wrong: 
     monkeypatch.setattr(Ward, "_guess", guided)
     monkeypatch.setattr(Lane, "grow", counted)
     return passes
+
+
+def test_guesses_come_from_what_training_reads(
+    patient: LoadedModel, draft: DraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each pass the draft expects what it does over the whole text at once, with the patient's states on it: the
+    last ones and those of the lower layer, wherever in the tree they were read; a guess behind a guess has estimates.
+    """
+    always(monkeypatch, TREES[1])
+    asked = [Request.from_text(text, sampling=SamplingParams(max_new_tokens=9, seed=3)) for text in TEXTS[:3]]
+    decoder = GuidedDecoder(patient, draft=draft, max_guesses=12)
+    decoder.encoder.stop_ids = frozenset()
+    expected, checked = Ward._expected, 0
+
+    def noted(self: Ward, tree: Tree, inner: Any, says: Any) -> Tensor:
+        nonlocal checked
+        found = expected(self, tree, inner, says)
+        for place, row in enumerate(self.rows):
+            ids = torch.tensor([row.prompts[0] + row.completion.token_ids])
+            whole = patient.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+            states = torch.cat([whole[-1], whole[1]], dim=-1)[:, :-1]
+            embedded = draft.embed(ids[:, 1:], states)
+            if inner[0]:
+                last = draft.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -1:]
+                for guess in self.guesses[place, 1 : inner[0] + 1]:
+                    embedded = torch.cat([embedded, draft.embed(guess[None, None], last)], dim=1)
+                    last = draft.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -1:]
+            hidden = draft.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
+            assert torch.allclose(found[0, place, 0], draft.head.logits(hidden), atol=1e-3)
+            checked += 1
+        return found
+
+    monkeypatch.setattr(Ward, "_expected", noted)
+    decoder.generate(asked)
+    assert checked > 40
 
 
 @pytest.mark.parametrize("wrong", [None, 9])

@@ -125,6 +125,7 @@ class LaneSpec:
     Attributes:
         voices: adapters that it is run with; None is the bare model.
         translation: into the patient's vocabulary; None where the model shares it.
+        tapped: layers whose outputs stand behind the last hidden states, for a draft model that reads them.
     """
 
     model: Any
@@ -133,6 +134,7 @@ class LaneSpec:
     system: str | None = None
     voices: list[Adapter | None] = field(default_factory=lambda: [None])
     translation: Translation | None = None
+    tapped: tuple[int, ...] = ()
 
 
 Voice = tuple[int, int]

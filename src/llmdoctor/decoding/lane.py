@@ -19,6 +19,7 @@ from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.network import network_of
 from llmdoctor.errors import UserError
 from llmdoctor.models.context import context_of, text_config
+from llmdoctor.models.layers import tapped
 from llmdoctor.models.logps import LogitsHead, position_ids
 
 _PACK_ABOVE = 1.5
@@ -257,7 +258,9 @@ class Lane:
         return self.grow(candidates, [-1] * candidates.shape[1])
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]: the head's outputs."""
+        """[..., D] -> [..., V]: the head's outputs. What tapped layers left behind the last states is not read."""
+        if self._spec.tapped:
+            hidden = hidden[..., : hidden.shape[-1] // (1 + len(self._spec.tapped))].contiguous()
         return self._head.logits(hidden)
 
     def accept(self, choice: Tensor) -> None:
@@ -395,17 +398,20 @@ class Lane:
 
     def _outputs(self, hidden: Tensor) -> Tensor:
         # Contiguous [B, D] first: a strided slice would make torch multiply row by row with copies of the whole head.
-        return self._head.logits(hidden[:, -1].contiguous())
+        return self.outputs(hidden[:, -1].contiguous())
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = self._mask if mask is None else mask
         if self._network is not None:
-            return self._network(ids, mask, positions, self._cache, self._voices, self._shared)
+            return self._network(
+                ids, mask, positions, self._cache, self._voices, self._shared, tapped=self._spec.tapped
+            )
         given = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids}
-        hidden: Tensor = self._decoder(
-            **given, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
-        ).last_hidden_state
-        return hidden
+        with tapped(self._decoder, self._spec.tapped) as below:
+            hidden: Tensor = self._decoder(
+                **given, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+            ).last_hidden_state
+        return torch.cat([hidden, *(states.to(hidden.device) for states in below)], dim=-1) if below else hidden
 
 
 def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -159,6 +159,7 @@ class Network:
         cache: Any,
         voices: Sequence[Adapter | None] = (None,),
         shared: int | None = None,
+        tapped: Sequence[int] = (),
     ) -> Tensor:
         """Run new tokens, appending to the cache.
 
@@ -170,15 +171,18 @@ class Network:
             cache: whose layers hold B rows below `shared` and M·B above.
             voices: M adapters; None is the bare model.
             shared: layers that are run once for all voices; all of them where there is one voice.
+            tapped: numbers of layers.
 
         Returns:
-            [M·B, t, D] last hidden states, voice by voice.
+            [M·B, t, D] last hidden states, voice by voice; with S layers tapped [M·B, t, (1 + S) D], their outputs
+            behind.
         """
         hidden = ids if ids.is_floating_point() else F.embedding(ids, self._embedding)
         # No row has more tokens than the cache has columns, which is known without asking the device.
         cos, sin = self._rotation(positions, mask.shape[-1])
         bias = self._bias(mask, ids.shape[1], hidden.dtype)
         fork = len(self._blocks) if shared is None else shared
+        taps = {}
         for number, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             if number == fork and len(voices) > 1:
                 hidden, cos, sin, bias = (tensor.repeat(len(voices), 1, 1, *[1] * (tensor.dim() - 3))
@@ -186,7 +190,13 @@ class Network:
             deltas = [voice.layers.get(number) if voice else None for voice in voices] if number >= fork else ()
             hidden = self._attend(block, hidden, cos, sin, bias, layer, deltas)
             hidden = self._transform(block, hidden, deltas)
-        return F.rms_norm(hidden, self._final[0].shape, *self._final)
+            if number in tapped:
+                taps[number] = hidden
+        last = F.rms_norm(hidden, self._final[0].shape, *self._final)
+        if not tapped:
+            return last
+        every = [taps[number].repeat(len(last) // len(taps[number]), 1, 1) for number in tapped]
+        return torch.cat([last, *every], dim=-1)
 
     def _attend(
         self, block: _Block, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, layer: Any,

@@ -9,7 +9,8 @@ guessing changes no token, whatever is guessed; it decides only how many come ou
 
 Speculative decoding: Leviathan et al., arXiv 2211.17192; with shared noise: Daliri et al., arXiv 2408.07978.
 
-Shapes: B rows, M voices, K tokens side by side, P columns of the prompts, D hidden size, W tokens a draft may guess.
+Shapes: B rows, M voices, K tokens side by side, P columns of the prompts, W tokens a draft may guess, D what a draft
+reads of a lane's states: the hidden size, and as much again for each lower layer.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class DraftLane:
         voices: M.
         prompts: [B, P] ids, left-padded.
         mask: [B, P] of what is no padding.
-        states: [M·B, P, D] the lane's last hidden states on them, voice by voice.
+        states: [M·B, P, D] what the draft reads of the lane on them, voice by voice (`Lane`'s states).
         room: tokens that will be appended.
     """
 

@@ -7,6 +7,7 @@ guess.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,11 +57,13 @@ class Ward:
         mixture: Mixture,
         draft: DraftModel | Voice | None = None,
     ) -> None:
-        self._specs = specs
+        self._specs = list(specs)
         self._names = names
         self._mixture = mixture
         self._model = draft if isinstance(draft, DraftModel) else None
         self._stand_in = None if isinstance(draft, DraftModel) else draft
+        if self._model is not None and self._model.lower:
+            self._specs[0] = replace(specs[0], tapped=self._model.lower)
         # Of each guide, the lanes that are translated for it.
         self._translated = {
             name: {at[0] for at in voices if at is not None and specs[at[0]].translation is not None}

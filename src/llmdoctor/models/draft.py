@@ -2,10 +2,11 @@
 
 A few transformer layers read, at every token, its embedding and the last hidden state that the large model drew it
 from, and give an estimate of the large model's next last hidden state; further guesses read the estimate in the state's
-place (EAGLE, arXiv 2401.15077). Embeddings and head are the large model's. The head is cut to the tokens that occur
-most often, because it is most of what a guess costs (FR-Spec, arXiv 2502.14856).
+place (EAGLE, arXiv 2401.15077). Beside that state they read what some of the large model's lower layers put out
+(EAGLE-3, arXiv 2503.01840), as far as the large model has been there. Embeddings and head are the large model's. The
+head is cut to the tokens that occur most often, because it is most of what a guess costs (FR-Spec, arXiv 2502.14856).
 
-Shapes: B rows, T tokens, D hidden size, V vocabulary, W tokens that may be guessed.
+Shapes: B rows, T tokens, D hidden size, S lower layers, V vocabulary, W tokens that may be guessed.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class DraftModel(nn.Module):
         model: the large causal LM; its embeddings are shared, not copied.
         layers: which of its layers this one's begin as.
         vocabulary: [W] ids that may be guessed, ascending.
+        lower: S of its layers, ascending, whose outputs are read beside its last states.
     """
 
-    def __init__(self, model: Any, layers: Sequence[int], vocabulary: Tensor) -> None:
+    def __init__(self, model: Any, layers: Sequence[int], vocabulary: Tensor, lower: Sequence[int] = ()) -> None:
         super().__init__()
         decoder = model.get_decoder()
         self.config = small_config(model.config, layers)
         self.config._attn_implementation = "sdpa"
         self.layers_from = list(layers)
+        self.lower = tuple(lower)
         # Embeddings of its own would be made only to be thrown away: gigabytes, for a large model.
         whole = self.config.vocab_size, self.config.pad_token_id
         self.config.vocab_size, self.config.pad_token_id = 1, None
@@ -59,18 +62,23 @@ class DraftModel(nn.Module):
         self.token_norm = nn.Parameter(torch.ones(width, **like))
         self.state_norm = nn.Parameter(torch.ones(width, **like))
         self.fuse = nn.Linear(2 * width, width, bias=False, **like)
+        self.fuse_lower = nn.Linear(len(self.lower) * width, width, bias=False, **like) if self.lower else None
         self.vocabulary = vocabulary.to(model.device)
         self._cuts: weakref.WeakKeyDictionary[nn.Linear, CutHead] = weakref.WeakKeyDictionary()
         self.head = CutHead(LogitsHead.for_model(model), self.vocabulary)
 
     @classmethod
-    def from_layers(cls, model: Any, layers: Sequence[int], vocabulary: Tensor) -> DraftModel:
-        """One whose layers are copies of the model's and whose input is the sum of embedding and state."""
-        draft = cls(model, layers, vocabulary)
+    def from_layers(
+        cls, model: Any, layers: Sequence[int], vocabulary: Tensor, lower: Sequence[int] = ()
+    ) -> DraftModel:
+        """One whose layers are copies of the model's and whose input is the sum of embedding and last state."""
+        draft = cls(model, layers, vocabulary, lower)
         copy_kept(model.get_decoder(), draft.decoder, layers)
         with torch.no_grad():
             one = torch.eye(draft.fuse.out_features)
             draft.fuse.weight.copy_(torch.cat([one, one], dim=-1))
+            if draft.fuse_lower is not None:
+                draft.fuse_lower.weight.zero_()
         return draft
 
     def get_decoder(self) -> Any:
@@ -82,12 +90,20 @@ class DraftModel(nn.Module):
         return self.decoder.get_input_embeddings()
 
     def embed(self, tokens: Tensor, states: Tensor) -> Tensor:
-        """Tokens [B, T] and the states [B, T, D] that they were drawn from -> what the layers read [B, T, D]."""
-        dtype = self.fuse.weight.dtype
-        embedded, width = self.get_input_embeddings()(tokens), (self.fuse.out_features,)
-        both = [F.rms_norm(embedded.to(dtype), width, self.token_norm, 1e-6),
-                F.rms_norm(states.to(dtype), width, self.state_norm, 1e-6)]  # fmt: skip
+        """What the layers read [B, T, D].
+
+        Args:
+            tokens: [B, T].
+            states: [B, T, (1 + S) D] that they were drawn from, the lower layers' outputs behind the last states; or
+                estimates [B, T, D] of the last ones, which nothing lower belongs to.
+        """
+        dtype, width = self.fuse.weight.dtype, self.fuse.out_features
+        last, *below = states.to(dtype).split(width, dim=-1)
+        both = [F.rms_norm(self.get_input_embeddings()(tokens).to(dtype), (width,), self.token_norm, 1e-6),
+                F.rms_norm(last, (width,), self.state_norm, 1e-6)]  # fmt: skip
         fused: Tensor = self.fuse(torch.cat(both, dim=-1))
+        if below and self.fuse_lower is not None:
+            fused = fused + self.fuse_lower(torch.cat([F.rms_norm(each, (width,), None, 1e-6) for each in below], -1))
         return fused
 
     def cut(self, head: LogitsHead) -> CutHead:
@@ -153,6 +169,7 @@ def save_draft(draft: DraftModel, patient: LoadedModel, record: Mapping[str, Any
         "patient": patient.spec,
         "patient_fingerprint": dict(patient.fingerprint),
         "layers": draft.layers_from,
+        "lower": list(draft.lower),
         "weights_read": {"patient": weights_read(patient.model), "draft": draft.weights_read()},
         **record,
     }
@@ -185,7 +202,7 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
     """
     folder = Path(path).expanduser()
     config = read_record(path)
-    made_for, layers = config["patient_fingerprint"], config["layers"]
+    made_for, layers, lower = config["patient_fingerprint"], config["layers"], config.get("lower", [])
     for name in ("model", "tokenizer"):
         if made_for.get(name) != patient.fingerprint.get(name):
             raise UserError(
@@ -193,14 +210,16 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
                 "a draft model serves only the model it was made from"
             )
     total = len(decoder_layers(patient.model))
-    if not (isinstance(layers, list) and layers and all(type(layer) is int and 0 <= layer < total for layer in layers)):
-        raise UserError(f"{folder / CONFIG_NAME} is broken: layers are {layers!r}; make the draft model anew")
+    for name, numbers in (("layers", layers), ("lower", lower)):
+        known = isinstance(numbers, list) and all(type(number) is int and 0 <= number < total for number in numbers)
+        if not known or (name == "layers" and not numbers):
+            raise UserError(f"{folder / CONFIG_NAME} is broken: {name} are {numbers!r}; make the draft model anew")
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
         vocabulary = tensors.pop("vocabulary").long()
     except Exception as error:
         raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error!r}); make the draft model anew") from error
-    draft = DraftModel(patient.model, layers, vocabulary)
+    draft = DraftModel(patient.model, layers, vocabulary, lower)
     own = draft.own_weights()
     wrong = {name for name in own.keys() | tensors.keys()
              if name not in own or name not in tensors or own[name].shape != tensors[name].shape}  # fmt: skip

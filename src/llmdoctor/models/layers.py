@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmdoctor.errors import UserError
@@ -27,6 +28,23 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+@contextmanager
+def tapped(decoder: Any, numbers: Sequence[int]) -> Iterator[list[Tensor]]:
+    """While it lasts, what the layers of these numbers put out is appended to the list, in the order of the layers."""
+    taken: list[Tensor] = []
+    hooks = [
+        decoder.layers[number].register_forward_hook(
+            lambda layer, given, output: taken.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for number in sorted(numbers)
+    ]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def choose_layers(total: int, count: int) -> list[int]:
     """`count` of `total` layers: the first ones and the last.
 
@@ -36,6 +54,13 @@ def choose_layers(total: int, count: int) -> list[int]:
     if not 1 <= count < total:
         raise UserError(f"layers must be at least 1 and fewer than the {total} there are, got {count}")
     return [*range(count - 1), total - 1]
+
+
+def lower_layers(total: int, count: int) -> list[int]:
+    """`count` of `total` layers below the last, at even distances."""
+    if not 0 <= count < total:
+        raise UserError(f"lower_layers must be at least 0 and fewer than the {total} there are, got {count}")
+    return [total * number // (count + 1) - 1 for number in range(1, count + 1)]
 
 
 def parse_layers(text: str, total: int) -> list[int]:

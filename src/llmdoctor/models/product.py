@@ -85,12 +85,17 @@ def product_of(linear: nn.Linear) -> Product:
 _PRODUCTS: weakref.WeakKeyDictionary[nn.Linear, tuple[object, Product]] = weakref.WeakKeyDictionary()
 
 
+_CAPTURING = "transformers.utils.output_capturing"
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module does what its class says: no hooks, no method replaced on the instance.
 
-    As accelerate does it to move weights, and tests do; it must be heard.
+    As accelerate does it to move weights, and tests do; it must be heard. What transformers leaves behind in a model
+    that was once asked for `output_hidden_states` only listens while it is asked again.
     """
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "") != _CAPTURING]
+    return not (hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def version(tensor: Tensor | None) -> tuple[int, int] | None:

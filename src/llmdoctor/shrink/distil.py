@@ -157,12 +157,17 @@ def patient_head(patient: LoadedModel) -> LogitsHead:
 
 
 def draw_answers(
-    patient: LoadedModel, prompts: Sequence[Prompt], folder: Path, options: DistilOptions, progress: Progress | None
+    patient: LoadedModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    options: DistilOptions,
+    progress: Progress | None,
+    tapped: Sequence[int] = (),
 ) -> tuple[list[Answer], list[Answer]]:
-    """Answers to learn from and held-out ones."""
+    """Answers to learn from and held-out ones, with what the tapped layers say."""
     # Prompts of a file often come topic by topic, and a short run sees the first ones alone.
     mixed = random.Random(options.seed).sample(list(prompts), len(prompts))
-    sampler = Sampler(patient, folder, options.max_new_tokens, options.seed)
+    sampler = Sampler(patient, folder, options.max_new_tokens, options.seed, tapped)
     held = sampler.draw("held-out", mixed[-options.held_out :], None)
     learned = sampler.draw("learned", mixed[: -options.held_out], options.tokens, progress)
     return learned, held

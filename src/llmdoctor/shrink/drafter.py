@@ -1,6 +1,7 @@
 """A draft model from a patient: `models.draft` trained on the patient's own answers.
 
-Shapes: M places where a guess is due, D hidden size, V vocabulary, W tokens that may be guessed.
+Shapes: M places where a guess is due, D hidden size, S lower layers that are read, V vocabulary, W tokens that may be
+guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from llmdoctor.decoding.row import RANKS
 from llmdoctor.errors import UserError
 from llmdoctor.files import claim
 from llmdoctor.models.draft import CONFIG_NAME, DraftModel, save_draft
-from llmdoctor.models.layers import decoder_layers
+from llmdoctor.models.layers import decoder_layers, lower_layers
 from llmdoctor.models.loading import LoadedModel, need_one_gpu
 from llmdoctor.shrink.distil import (
     Batch,
@@ -54,6 +55,8 @@ class DraftOptions(DistilOptions):
     Attributes:
         layers: how many layers it has; they begin as the patient's last ones. More agree better and make a guess cost
             more.
+        lower_layers: how many of the patient's lower layers, at even distances, it reads beside the last states. They
+            know of the text what the last layer has no use for; answers take so many times more on disk meanwhile.
         vocabulary: how many tokens may be guessed, the most frequent of the answers learned from. Fewer make a guess
             cost less, because most of it is the head, and miss the rarer tokens.
         unroll: guesses in a row to train. At 1 it learns to guess from the patient's states alone; at more also from
@@ -61,6 +64,7 @@ class DraftOptions(DistilOptions):
     """
 
     layers: int = 1
+    lower_layers: int = 2
     vocabulary: int = 16384
     unroll: int = 1
     epochs: float = 6.0
@@ -70,6 +74,7 @@ class DraftOptions(DistilOptions):
     def __post_init__(self) -> None:
         self._check(
             layers=(self.layers >= 1, "at least 1"),
+            lower_layers=(self.lower_layers >= 0, "at least 0"),
             vocabulary=(self.vocabulary >= RANKS, f"at least {RANKS}"),
             unroll=(self.unroll >= 1, "at least 1"),
         )
@@ -87,8 +92,9 @@ def make_draft(
 ) -> dict[str, Any]:
     """Write a draft model for the patient to the folder `output`; `models.draft.load_draft` reads it.
 
-    It reads at every token the patient's last hidden state that the token was drawn from, and learns to give the
-    patient's next-token distribution (EAGLE, arXiv 2401.15077) on answers that the patient itself draws at temperature
+    It reads at every token the patient's last hidden state that the token was drawn from and what some lower layers put
+    out there, and learns to give the patient's next-token distribution (EAGLE, arXiv 2401.15077; EAGLE-3, arXiv
+    2503.01840) on answers that the patient itself draws at temperature
     1, which is where it will be used (DistillSpec, arXiv 2310.08461), over the tokens that are frequent there
     (FR-Spec, arXiv 2502.14856). The patient's embeddings and head stay as they are and are not stored. Answers and
     checkpoints are kept in `NAME.parts/` while it runs, so a killed run goes on where it stopped; a finished one does
@@ -116,7 +122,7 @@ def make_draft(
     total = len(decoder_layers(patient.model))
     if options.layers > total:
         raise UserError(f"layers must be at most the {total} there are, got {options.layers}")
-    layers = range(total - options.layers, total)
+    layers, lower = range(total - options.layers, total), lower_layers(total, options.lower_layers)
     fingerprint = fingerprint_of(patient, prompts, options)
     settings = settings_of(patient, options)
     finished = finished_record(output / CONFIG_NAME, fingerprint, settings, "a draft model")
@@ -134,10 +140,10 @@ def make_draft(
     DraftModel.from_layers(patient.model, layers, torch.arange(1))
     parts = parts_of(output)
     claim(parts, fingerprint, "Delete that folder, or give another output folder.", settings)
-    learned, held = draw_answers(patient, prompts, parts / "answers", options, progress)
+    learned, held = draw_answers(patient, prompts, parts / "answers", options, progress, lower)
     stops = ChatEncoder.for_model(patient.model, patient.tokenizer).stop_ids
     vocabulary = choose_vocabulary(learned, min(options.vocabulary, size), size, stops)
-    draft = DraftModel.from_layers(patient.model, layers, vocabulary)
+    draft = DraftModel.from_layers(patient.model, layers, vocabulary, lower)
     draft.cast(torch.float32)
     before = _measure(draft, held)
     loss = partial(_loss, unroll=options.unroll)
@@ -172,7 +178,7 @@ def collate(answers: Sequence[Answer]) -> Batch:
     The first token of an answer is drawn before anything is guessed, so only the 2 of the first row is:
 
         out: {"input_ids": [[5, 6, 7, 2], [5, 8, 0, 0]],
-              "states": [2, 4, D],                       # the teacher's on every token but the last; 0 elsewhere
+              "states": [2, 4, D (1 + S)],               # the teacher's on every token but the last; 0 elsewhere
               "log_normalisers": [2, 4],                 # of its distribution after these tokens; 0 elsewhere
               "guesses": [[0, 0, 1, 0], [0, 0, 0, 0]]}   # at each token, of how many guesses in a row the last is due
     """
@@ -192,20 +198,21 @@ def collate(answers: Sequence[Answer]) -> Batch:
 def _guesses(draft: DraftModel, batch: Batch, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The 1st … `count`th guess in a row, at the M places where one is due.
 
-    The first reads the teacher's states. Each further one reads the one before it in their place, at all tokens at
-    once; in decoding only the latest states are estimates.
+    The first reads the teacher's states and its lower layers'. Each further one reads the one before it in their place,
+    at all tokens at once; in decoding only the latest states are estimates.
 
     Returns:
         Of each guess the draft's states [M, D], the teacher's [M, D] and the teacher's log-normalisers [M].
     """
     tokens, states = batch["input_ids"][:, 1:], batch["states"][:, :-1]
+    last = batch["states"][..., : draft.fuse.out_features]
     found = []
     for number in range(1, count + 1):
         with in_dtype_of(draft.head):
             hidden = draft.decoder(inputs_embeds=draft.embed(tokens, states), use_cache=False).last_hidden_state
         due = batch["guesses"][:, 1:] >= number
-        found.append((hidden[due], batch["states"][:, 1:][due], batch["log_normalisers"][:, 1:][due]))
-        states = torch.cat([states[:, :1], hidden[:, :-1]], dim=1)
+        found.append((hidden[due], last[:, 1:][due], batch["log_normalisers"][:, 1:][due]))
+        states = torch.cat([last[:, :1], hidden[:, :-1]], dim=1)
     return found
 
 

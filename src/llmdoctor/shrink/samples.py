@@ -1,6 +1,6 @@
 """The patient's own answers with its states on them, in files that a killed run keeps.
 
-Shapes: T tokens of a prompt and its answer, M = Σ (T − 1) positions of a file, D hidden size.
+Shapes: T tokens of a prompt and its answer, M = Σ (T − 1) positions of a file, D hidden size, S tapped layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llmdoctor.decoding.engine import GuidedDecoder
 from llmdoctor.decoding.request import Request, SamplingParams
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_path
+from llmdoctor.models.layers import tapped
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead, position_ids
 from llmdoctor.shrink.losses import log_normalisers
@@ -39,7 +40,8 @@ shape that it has met, and hundreds of widths took gigabytes."""
 class Answer:
     """Token ids of a prompt and of the patient's answer to it, and where its states lie.
 
-    States are those that every token but the first was drawn from: the file's T − 1 rows from `start` on.
+    States are those that every token but the first was drawn from: the file's T − 1 rows from `start` on. Behind the
+    last hidden state stand the outputs of the layers that the sampler tapped.
     """
 
     prompt_ids: list[int]
@@ -53,7 +55,7 @@ class Answer:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def states(self) -> Tensor:
-        """[T − 1, D] the patient's last hidden states on all tokens but the last, read from the file now."""
+        """[T − 1, D (1 + S)] the patient's states on all tokens but the last, read from the file now."""
         return self._rows("states")
 
     def log_normalisers(self) -> Tensor:
@@ -73,13 +75,17 @@ class Sampler:
         folder: holds one safetensors file a block; a block that is there is not drawn again.
         max_new_tokens: longest answer.
         seed: of all draws.
+        tapped: S layers whose outputs are kept, too.
     """
 
-    def __init__(self, patient: LoadedModel, folder: Path, max_new_tokens: int, seed: int) -> None:
+    def __init__(
+        self, patient: LoadedModel, folder: Path, max_new_tokens: int, seed: int, tapped: Sequence[int] = ()
+    ) -> None:
         self.patient = patient
         self.folder = folder
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.tapped = tapped
         self.decoder = GuidedDecoder(patient, max_batch_size=BLOCK)
         self.head = LogitsHead.for_model(patient.model)
 
@@ -145,7 +151,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """[M, D] the states before every token, answer after answer, in the patient's own dtype, and [M] `Answer`'s."""
+        """[M, D (1 + S)] states as `Answer` has them, in the patient's own dtype, and [M] log-normalisers."""
         model = self.patient.model
         device = model.get_input_embeddings().weight.device
         found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -153,17 +159,20 @@ class Sampler:
         for first in range(0, len(order), 16):
             places = order[first : first + 16]
             ids, mask = right_padded([pairs[place] for place in places])
-            hidden = model.get_decoder()(
-                input_ids=ids.to(device), position_ids=position_ids(mask).to(device), use_cache=False
-            ).last_hidden_state
+            with tapped(model.get_decoder(), self.tapped) as below:
+                last = model.get_decoder()(
+                    input_ids=ids.to(device), position_ids=position_ids(mask).to(device), use_cache=False
+                ).last_hidden_state
+            hidden = torch.cat([last, *(states.to(last.device) for states in below)], dim=-1)
             for row, place in enumerate(places):
                 prompt, completion = map(len, pairs[place])
-                states = hidden[row, : prompt + completion - 1]
-                normalisers = torch.zeros(len(states))
-                normalisers[prompt - 1 :] = log_normalisers(states[prompt - 1 :], self.head).cpu()
-                found[place] = states.cpu().clone(), normalisers
+                known = slice(0, prompt + completion - 1)
+                normalisers = torch.zeros(known.stop)
+                normalisers[prompt - 1 :] = log_normalisers(last[row, known][prompt - 1 :], self.head).cpu()
+                found[place] = hidden[row, known].cpu().clone(), normalisers
         if not pairs:
-            return torch.zeros(0, model.config.hidden_size, dtype=model.dtype), torch.zeros(0)
+            width = model.config.hidden_size * (1 + len(self.tapped))
+            return torch.zeros(0, width, dtype=model.dtype), torch.zeros(0)
         in_order = [found[place] for place in range(len(pairs))]
         return torch.cat([states for states, _ in in_order]), torch.cat([normalisers for _, normalisers in in_order])
 
