@@ -26,7 +26,7 @@ def patient(deep_folder: Path) -> LoadedModel:
 
 def shaken(patient: LoadedModel) -> DraftModel:
     """Two layers, no two weights alike."""
-    draft = DraftModel.from_layers(patient.model, [3, 4], VOCABULARY)
+    draft = DraftModel.from_layers(patient.model, [3, 4], VOCABULARY, [0, 2])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in draft.own_weights().values():
@@ -44,7 +44,7 @@ def folder(patient: LoadedModel, tmp_path: Path) -> Path:
 def outputs(draft: DraftModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 300, (2, 7), generator=generator)
-    states = torch.randn(2, 7, 32, generator=generator)
+    states = torch.randn(2, 7, 96, generator=generator)
     with torch.no_grad():
         hidden = draft.decoder(inputs_embeds=draft.embed(ids, states), use_cache=False).last_hidden_state
         return draft.head.logits(hidden)
@@ -96,13 +96,25 @@ def test_a_cut_head_gives_the_whole_ones_logits(finish: LogitsFinish | None) -> 
     assert torch.allclose(CutHead(head, some).logits(hidden), head.logits(hidden)[..., some], atol=1e-6)
 
 
+def test_lower_layers_count_for_nothing_at_first_and_are_read_where_they_are_given(patient: LoadedModel) -> None:
+    ids, states = torch.tensor([[5, 6]]), torch.randn(1, 2, 96)
+    bare, draft = (DraftModel.from_layers(patient.model, [4], VOCABULARY, lower) for lower in ([], [0, 2]))
+    assert torch.equal(draft.embed(ids, states), bare.embed(ids, states[..., :32]))
+    assert draft.weights_read() == bare.weights_read() + 2 * 32 * 32
+    own = shaken(patient)
+    assert own.fuse_lower is not None
+    lower = [x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() for x in states.split(32, dim=-1)[1:]]
+    expected = own.embed(ids, states[..., :32]) + torch.cat(lower, dim=-1) @ own.fuse_lower.weight.T
+    assert torch.allclose(own.embed(ids, states), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_saved_is_what_is_loaded(deep_folder: Path, tmp_path: Path, dtype: str) -> None:
     patient = load_model(str(deep_folder), dtype=dtype, device="cpu")
     draft = shaken(patient)
     whole = save_draft(draft, patient, {"note": 1}, tmp_path / "draft")
     assert json.loads((tmp_path / "draft" / CONFIG_NAME).read_text()) == whole
-    assert (whole["note"], whole["layers"]) == (1, [3, 4])
+    assert (whole["note"], whole["layers"], whole["lower"]) == (1, [3, 4], [0, 2])
     assert whole["weights_read"]["draft"] == draft.weights_read()
     again = load_draft(tmp_path / "draft", load_model(str(deep_folder), dtype=dtype, device="cpu"))
     assert torch.equal(again.vocabulary, VOCABULARY)

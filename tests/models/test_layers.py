@@ -19,7 +19,15 @@ from transformers import (
 )
 
 from llmdoctor.errors import UserError
-from llmdoctor.models.layers import choose_layers, decoder_layers, keep_layers, parse_layers, small_config, weights_read
+from llmdoctor.models.layers import (
+    choose_layers,
+    decoder_layers,
+    keep_layers,
+    lower_layers,
+    parse_layers,
+    small_config,
+    weights_read,
+)
 from llmdoctor.models.loading import load_model
 
 SMALL = {
@@ -109,6 +117,9 @@ def test_layers_of_several_kinds_are_refused(deep_folder: Path) -> None:
 
 def test_first_layers_and_the_last() -> None:
     assert choose_layers(30, 5) == [0, 1, 2, 3, 29]
+    assert lower_layers(30, 2) == [9, 19]
+    assert lower_layers(2, 1) == [0]
+    assert lower_layers(2, 0) == []
     assert choose_layers(2, 1) == [1]
     for count in (0, 30, 31):
         with pytest.raises(UserError, match=f"at least 1 and fewer than the 30 there are, got {count}"):

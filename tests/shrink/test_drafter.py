@@ -29,6 +29,10 @@ OPTIONS = DraftOptions(
 )
 
 
+LOWER = [0, 2]
+"""Of five layers two at even distances."""
+
+
 @pytest.fixture(scope="module")
 def patient(deep_folder: Path) -> LoadedModel:
     return load(deep_folder)
@@ -49,7 +53,7 @@ def made(deep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def held_out(patient: LoadedModel, folder: Path) -> list[Answer]:
     """The answers that are measured on, drawn once more."""
     mixed = random.Random(0).sample(PROMPTS, len(PROMPTS))
-    return Sampler(patient, folder, OPTIONS.max_new_tokens, 0).draw("held-out", mixed[-8:], 1)
+    return Sampler(patient, folder, OPTIONS.max_new_tokens, 0, LOWER).draw("held-out", mixed[-8:], 1)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -59,7 +63,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_the_draft_learns_and_its_record_says_so(patient: LoadedModel, made: tuple[Path, dict[str, Any]]) -> None:
     folder, record = made
     assert json.loads((folder / CONFIG_NAME).read_text()) == record
-    assert record["layers"] == [4]
+    assert (record["layers"], record["lower"]) == ([4], LOWER)
     assert record["patient_fingerprint"] == patient.fingerprint
     assert record["options"]["vocabulary"] == 200
     assert record["answers"]["held_out"] == 8
@@ -93,10 +97,11 @@ def test_the_figures_are_those_of_the_stored_draft(
         for answer in held_out(patient, tmp_path):
             ids = torch.tensor([answer.prompt_ids + answer.completion_ids])
             whole = patient.model(input_ids=ids, use_cache=False, output_hidden_states=True)
-            states = whole.hidden_states[-1][:, :-1]
+            last = whole.hidden_states[-1][:, :-1]
+            states = torch.cat([last, *(whole.hidden_states[layer + 1][:, :-1] for layer in draft.lower)], dim=-1)
             p = whole.logits[0].double().softmax(-1)[:, draft.vocabulary]
             hidden = draft.decoder(inputs_embeds=draft.embed(ids[:, 1:], states), use_cache=False).last_hidden_state
-            own = torch.cat([states[:, :1], hidden[:, :-1]], dim=1)
+            own = torch.cat([last[:, :1], hidden[:, :-1]], dim=1)
             again = draft.decoder(inputs_embeds=draft.embed(ids[:, 1:], own), use_cache=False).last_hidden_state
             for position in range(len(answer.prompt_ids), answer.length - 1):
                 q = draft.head.logits(hidden[0, position - 1]).double().softmax(-1)
@@ -152,6 +157,41 @@ def test_each_guess_in_a_row_reads_the_one_before_it_and_weighs_less(patient: Lo
     assert none.item() == 0, "three tokens have two guesses"
     loss.backward()
     assert all(parameter.grad is not None for parameter in draft.own_weights().values())
+
+
+def test_lower_layers_are_hidden_at_a_share_of_the_places(patient: LoadedModel, tmp_path: Path) -> None:
+    """There the guess is that of a draft without them; elsewhere it reads them, and further guesses never do."""
+    answers = Sampler(patient, tmp_path, 12, 0, LOWER).draw("learned", PROMPTS, 1)[:8]
+    batch = collate(answers)
+    draft = DraftModel.from_layers(patient.model, [4], torch.arange(0, 300, 3), LOWER).requires_grad_(False)
+    assert draft.fuse_lower is not None
+    torch.nn.init.normal_(draft.fuse_lower.weight, generator=torch.Generator().manual_seed(0))
+    read: list[torch.Tensor] = []
+    embed = draft.embed
+
+    def noted(tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        read.append(states)
+        return embed(tokens, states)
+
+    draft.embed = noted  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    drafter._guesses(draft, batch, 2, 0.25)
+    width = patient.model.config.hidden_size
+    whole = batch["states"][:, :-1]
+    assert torch.equal(read[0][..., :width], whole[..., :width])
+    seen = (read[0][..., width:] == whole[..., width:]).all(-1)
+    hidden = (read[0][..., width:] == 0).all(-1)
+    there = (whole[..., width:] != 0).any(-1)
+    assert bool((seen | hidden).all())
+    assert 0.15 < float(hidden[there].float().mean()) < 0.35
+    assert read[1].shape[-1] == width
+    read.clear()
+    first, blind = (drafter._guesses(draft, batch, 1, share)[0][0] for share in (0.0, 1.0))
+    assert torch.equal(read[0], whole)
+    assert not read[1][..., width:].any()
+    assert not torch.allclose(first, blind, atol=1e-3)
+    draft.fuse_lower.weight.zero_()
+    assert torch.allclose(drafter._guesses(draft, batch, 1, 0.0)[0][0], blind, atol=1e-5)
 
 
 def test_a_finished_run_does_nothing_again(
@@ -256,6 +296,7 @@ def test_bad_input(patient: LoadedModel, tmp_path: Path) -> None:
     output = tmp_path / "draft"
     for options, message in (
         (replace(OPTIONS, layers=6), "layers must be at most the 5 there are, got 6"),
+        (replace(OPTIONS, lower_layers=5), "lower_layers must be at least 0 and fewer than the 5 there are, got 5"),
         (replace(OPTIONS, held_out=40), "40 prompts leave none to learn from with held_out 40"),
     ):
         with pytest.raises(UserError, match=message):

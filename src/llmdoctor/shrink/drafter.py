@@ -44,6 +44,9 @@ from llmdoctor.shrink.distil import (
 from llmdoctor.shrink.losses import distillation_loss, mean_overlap
 from llmdoctor.shrink.samples import Answer, right_padded
 
+_BLIND = 0.15
+"""Share of the places at which training hides the lower layers: behind a guess there are none."""
+
 _LATER = 0.7
 """A guess is only looked at where the ones before it held, so what it weighs falls with each."""
 
@@ -195,17 +198,22 @@ def collate(answers: Sequence[Answer]) -> Batch:
     return {"input_ids": ids, "states": padded, "log_normalisers": normalisers, "guesses": guesses}
 
 
-def _guesses(draft: DraftModel, batch: Batch, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _guesses(draft: DraftModel, batch: Batch, count: int, blind: float = 0.0) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The 1st … `count`th guess in a row, at the M places where one is due.
 
     The first reads the teacher's states and its lower layers'. Each further one reads the one before it in their place,
-    at all tokens at once; in decoding only the latest states are estimates.
+    at all tokens at once; in decoding only the latest states are estimates. At a share `blind` of the places, drawn
+    anew, the first reads no lower layers either.
 
     Returns:
         Of each guess the draft's states [M, D], the teacher's [M, D] and the teacher's log-normalisers [M].
     """
     tokens, states = batch["input_ids"][:, 1:], batch["states"][:, :-1]
-    last = batch["states"][..., : draft.fuse.out_features]
+    width = draft.fuse.out_features
+    last = batch["states"][..., :width]
+    if blind:
+        hidden_from = torch.rand(states.shape[:2], device=states.device) < blind
+        states = torch.cat([states[..., :width], states[..., width:].masked_fill(hidden_from[..., None], 0)], dim=-1)
     found = []
     for number in range(1, count + 1):
         with in_dtype_of(draft.head):
@@ -219,7 +227,8 @@ def _guesses(draft: DraftModel, batch: Batch, count: int) -> list[tuple[Tensor, 
 def _loss(draft: DraftModel, batch: Batch, tv_weight: float, *, unroll: int) -> Tensor:
     """Of each guess in a row the mean over the places where one is due, weighted and added up."""
     total = torch.zeros((), device=batch["input_ids"].device)
-    for number, (hidden, states, normalisers) in enumerate(_guesses(draft, batch, unroll)):
+    blind = _BLIND if draft.lower else 0.0
+    for number, (hidden, states, normalisers) in enumerate(_guesses(draft, batch, unroll, blind)):
         each = distillation_loss(hidden, states, draft.head, tv_weight, normalisers)
         # Answers may all be too short for so many guesses.
         total = total + _LATER**number * each.sum() / max(len(each), 1)
