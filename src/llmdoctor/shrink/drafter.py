@@ -66,6 +66,7 @@ class DraftOptions(DistilOptions):
             its own estimates, as later guesses do, for as many times the passes.
     """
 
+    tokens: int = 300000
     layers: int = 1
     lower_layers: int = 2
     vocabulary: int = 16384
