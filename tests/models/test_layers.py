@@ -120,6 +120,8 @@ def test_first_layers_and_the_last() -> None:
     assert lower_layers(30, 2) == [9, 19]
     assert lower_layers(2, 1) == [0]
     assert lower_layers(2, 0) == []
+    assert lower_layers(3, 5) == [0, 1]
+    assert lower_layers(1, 2) == []
     assert choose_layers(2, 1) == [1]
     for count in (0, 30, 31):
         with pytest.raises(UserError, match=f"at least 1 and fewer than the 30 there are, got {count}"):

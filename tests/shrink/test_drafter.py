@@ -296,7 +296,6 @@ def test_bad_input(patient: LoadedModel, tmp_path: Path) -> None:
     output = tmp_path / "draft"
     for options, message in (
         (replace(OPTIONS, layers=6), "layers must be at most the 5 there are, got 6"),
-        (replace(OPTIONS, lower_layers=5), "lower_layers must be at least 0 and fewer than the 5 there are, got 5"),
         (replace(OPTIONS, held_out=40), "40 prompts leave none to learn from with held_out 40"),
     ):
         with pytest.raises(UserError, match=message):
@@ -309,7 +308,14 @@ def test_bad_input(patient: LoadedModel, tmp_path: Path) -> None:
     (output / CONFIG_NAME).write_text("{")
     with pytest.raises(UserError, match=r"draft\.json is broken"):
         make_draft(patient, PROMPTS, output, options=OPTIONS)
-    for bad in ({"layers": 0}, {"vocabulary": 0}, {"unroll": 0}, {"tokens": 0}, {"tv_weight": 1.5}):
+    for bad in (
+        {"layers": 0},
+        {"lower_layers": -1},
+        {"vocabulary": 0},
+        {"unroll": 0},
+        {"tokens": 0},
+        {"tv_weight": 1.5},
+    ):
         with pytest.raises(UserError, match=f"{next(iter(bad))} must be"):
             DraftOptions(**bad)
 

@@ -57,9 +57,8 @@ def choose_layers(total: int, count: int) -> list[int]:
 
 
 def lower_layers(total: int, count: int) -> list[int]:
-    """`count` of `total` layers below the last, at even distances."""
-    if not 0 <= count < total:
-        raise UserError(f"lower_layers must be at least 0 and fewer than the {total} there are, got {count}")
+    """`count` of `total` layers below the last, at even distances; all of them where they are fewer."""
+    count = min(count, total - 1)
     return [total * number // (count + 1) - 1 for number in range(1, count + 1)]
 
 
