@@ -177,6 +177,18 @@ def test_training_straight_from_pairs(good: Cli, cli: Cli, tiny_folder: Path, tm
     assert RewardStore.open(tmp_path / "one" / "pairs").manifest["pairs"] == 5
 
 
+def test_a_folder_of_ones_own_is_not_taken_for_that_of_an_earlier_run(
+    cli: Cli, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    mine = tmp_path / "doctor" / "pairs" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    cli("train", "--pairs", pairs, "--patient", tiny_folder, "-o", tmp_path / "doctor", "--restart", "--rounds", 1,
+        "--round-prompts", 2, "--lora-rank", 2, "--num-train-epochs", 1, "--eval-fraction", 0, *CPU)  # fmt: skip
+    assert mine.read_text() == "mine"
+
+
 def test_two_processes_train_straight_from_pairs(tiny_folder: Path, tmp_path: Path) -> None:
     """One of them makes the tokens, and the other waits for it."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)

@@ -151,6 +151,7 @@ def train(
     from llmdoctor.cli.training_callback import quiet_training
     from llmdoctor.data.preferences import load_preferences
     from llmdoctor.models.loading import resolve_device, resolve_dtype
+    from llmdoctor.rewards.store import MANIFEST_NAME
     from llmdoctor.tfpo.lesson import first_process, held_out_pairs
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
@@ -183,8 +184,9 @@ def train(
         loaded = load(run, patient or DEFAULT_PATIENT, *how)
         run.kept = f"What is done is kept in {output}; the same command goes on from there."
         with first_process(config) as first:
-            if first and not resume:
-                shutil.rmtree(folder, ignore_errors=True)
+            # Only what an earlier run made there.
+            if first and not resume and (folder / MANIFEST_NAME).is_file():
+                shutil.rmtree(folder)
             store = score(
                 run, loaded, source, folder, face_pair, total, on_bad="skip" if on_bad == "skip" else "error"
             )  # fmt: skip
