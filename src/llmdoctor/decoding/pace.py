@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ _DEPTHS = 4
 _PRIOR = 16.0
 """A row counts as if it had so many guesses behind it that held as often as all rows' do."""
 
-_USUAL = (0.35, 0.13, 0.065, 0.045, 0.03, 0.025, 0.02, 0.015)
+_USUAL = (0.42, 0.14, 0.065, 0.045, 0.03, 0.02, 0.02, 0.015)
 """How often candidates are thought to hold until that is known: about as those of SmolLM2-135M's draft do."""
 
 _BELIEVED = np.array([1.0, 0.02, 0.06, 0.03])
@@ -38,14 +39,26 @@ _FIRST = ((1, 1), (4, 1), (4, 2), (1, 1))
 """Sizes and depths of the first trees that are timed, before any may be thought not to pay: so different that they tell
 what a guess costs from what a level does."""
 
-_OUTLIER = 2.0
+_FIRST_PLAIN = 3
+"""Rounds without guesses before any are made; the median of their times is the unit of all prices."""
+
+_HOPELESS = 0.8
+"""Tokens a second, relative to no guesses, below which the rest of the first trees is left out."""
+
+_CLEAR = 0.2
+"""What guesses gain where no doubt is left that they do; the less it is, the more often none are tried."""
+
+_OUTLIER = 1.5
 """A round is counted as at most so many times what was expected of it."""
+
+_PATIENCE = 40.0
+"""Rounds without guesses before some are tried that seem to lose a whole round; where they lose less, fewer."""
 
 _LONGEST_WAIT = 1000
 """Rounds between two tries of guesses that do not pay, at most."""
 
-_ASIDE_EVERY = 12
-"""Rounds after which something else than the best is tried, no guesses or another number of them: costs change with the
+_ASIDE_EVERY = 24
+"""Rounds after which no guesses, or another number of them, are tried in place of what is best: costs change with the
 rows' lengths, and what is always chosen does not tell what part of its cost is the guesses'."""
 
 _ASIDE = 3
@@ -65,7 +78,7 @@ class Pace:
         self.most = most
         self._tried = np.full(RANKS, _PRIOR)
         self._held = _PRIOR * np.array(_USUAL)
-        self._rounds = 0
+        self._guessed = self._plain = 0
         self._costs: dict[int, _Costs] = {}
         self._shapes: set[tuple[int, int]] = set()
 
@@ -105,31 +118,36 @@ class Pace:
 
     def choose(self, rows: Sequence[Row]) -> Tree:
         """What to guess in the next round."""
-        self._rounds += 1
         alive = [row for row in rows if not row.done]
         usual = self._held / self._tried
         rates = np.mean(
             [(row.guesses_held + _PRIOR * usual) / (row.guesses_tried + _PRIOR) for row in alive], axis=0
         ).tolist()
         costs = self._of(len(alive))
-        if not costs.plain:
+        if not costs.begun:
             return Tree()
-        if costs.guessed < len(_FIRST):
-            size, depth = _FIRST[costs.guessed]
-            return Branching(rates, min(size, self.most), depth).tree(size)
         branchings = [Branching(rates, self.most, depth) for depth in range(1, _DEPTHS + 1)]
         # Tokens a second of each tree of one node and more, by depth.
         pays = [np.array(branching.tokens[1:]) / costs.all_seconds(branching.levels[1:]) for branching in branchings]
         best = max(range(_DEPTHS), key=lambda place: float(pays[place].max()))
         size = int(pays[best].argmax()) + 1
-        if pays[best].max() < 1 / costs.seconds(Tree()):
-            return branchings[best].tree(size) if costs.try_again() else Tree()
-        costs.pays()
-        aside, rest = divmod(self._rounds, _ASIDE_EVERY)
-        if rest == 0:
-            if aside % 2:
+        gain = float(pays[best].max()) * costs.seconds(Tree())
+        if costs.guessed < len(_FIRST) and (not costs.guessed or gain > _HOPELESS):
+            size, depth = _FIRST[costs.guessed]
+            return branchings[depth - 1].tree(min(size, self.most))
+        if gain < 1:
+            if not costs.try_again(1 / gain - 1):
                 return Tree()
-            size = size * _ASIDE if aside % 4 else max(1, size // _ASIDE)
+            # Trees of one size would not tell a guess's price from a level's.
+            return branchings[best].tree(min(size * (1 if costs.tries % 2 else _ASIDE), self.most))
+        costs.pays()
+        self._guessed += 1
+        if self._guessed - self._plain >= _ASIDE_EVERY * min(1.0, (gain - 1) / _CLEAR):
+            self._plain = self._guessed
+            return Tree()
+        aside, rest = divmod(self._guessed, _ASIDE_EVERY)
+        if rest == 0:
+            size = size * _ASIDE if aside % 2 else max(1, size // _ASIDE)
         return branchings[best].tree(min(size, self.most))
 
 
@@ -142,33 +160,44 @@ class _Costs:
         like: costs that these are thought to be like, until they are known.
 
     Attributes:
-        plain, guessed: rounds without guesses and with some that were timed.
+        guessed: rounds with guesses that were timed.
+        tries: of guesses that did not seem to pay.
     """
 
     def __init__(self, like: _Costs | None = None) -> None:
-        self.plain = self.guessed = 0
+        self.guessed = self.tries = 0
+        self._first: list[float] = []
         self._unit = 1.0
         self._prices: npt.NDArray[np.float64] = _BELIEVED if like is None else like._prices / like._prices[0]
         self._covariance: npt.NDArray[np.float64] = np.diag(_UNSURE**2)
-        self._wait = self._left = _ASIDE_EVERY
+        self._waited, self._patience = 0, _PATIENCE
+
+    @property
+    def begun(self) -> bool:
+        """Whether enough rounds without guesses were timed for any to be made."""
+        return len(self._first) == _FIRST_PLAIN
 
     def pays(self) -> None:
         """Guesses pay: should they stop to, they are tried again soon."""
-        self._wait = self._left = _ASIDE_EVERY
+        self._waited, self._patience = 0, _PATIENCE
 
-    def try_again(self) -> bool:
-        """Whether to make guesses although they do not seem to pay: less and less often, as long as they do not."""
-        self._left -= 1
-        if self._left:
+    def try_again(self, loss: float) -> bool:
+        """Whether to make guesses although they seem to cost so much of a round.
+
+        The more it is, the less often, and less and less often as long as they do not pay.
+        """
+        self._waited += 1
+        if self._waited < min(self._patience * loss, _LONGEST_WAIT):
             return False
-        self._wait = self._left = min(2 * self._wait, _LONGEST_WAIT)
+        self._waited, self._patience, self.tries = 0, 2 * self._patience, self.tries + 1
         return True
 
     def add(self, tree: Tree, seconds: float) -> None:
         """A round with this tree took so long."""
-        if not self.plain and not tree.guesses:
-            self._unit = seconds
-        self.plain += not tree.guesses
+        if len(self._first) < _FIRST_PLAIN and not tree.guesses:
+            self._first.append(seconds)
+            self._unit = statistics.median(self._first)
+            return
         self.guessed += tree.guesses > 0
         x, expected = _features(tree), self._passes(tree)
         covariance = self._covariance + np.diag(_DRIFT**2)
