@@ -263,6 +263,11 @@ _PAIRS = "--pairs pairs.jsonl --faces positive"
         ("train --pairs pairs.jsonl -o x --rounds 0", "so they have no token rewards, of which objective subtb learns"),
         ("train --pairs pairs.jsonl -o x --faces loud", "no faces for the dimension 'loud'"),
         ("train --pairs pairs.jsonl -o x --eval-fraction 0.9", "4 pairs leave none to train on"),
+        ("train --pairs pairs.jsonl -o x --lr-scheduler-type greedy", "and rounds do not look at them while they"),
+        (
+            "train --pairs pairs.jsonl -o x --faces helpful --rounds 0 --eval-fraction 0 --lr-scheduler-type greedy",
+            "goes by the loss on held-out pairs, and there are none",
+        ),
         ("train --pairs pairs.jsonl -o x --no-lora", "rounds need a LoRA doctor"),
         ("pairs -o x.csv", "x.csv: pairs are written as .jsonl or .jsonl.gz"),
         ("pairs -o file/x.jsonl", "file is a file; give another output"),

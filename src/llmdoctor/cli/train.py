@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -27,7 +28,7 @@ from llmdoctor.cli.rewards import PAIRS, LimitOption, OnBadOption, SourceFormat,
 from llmdoctor.errors import UserError
 
 if TYPE_CHECKING:
-    from llmdoctor.data.preferences import OnBad
+    from llmdoctor.data.preferences import OnBad, PreferenceSource
     from llmdoctor.models.loading import LoadedModel
     from llmdoctor.rewards.faces import FacePair
     from llmdoctor.rewards.store import RewardStore
@@ -151,8 +152,6 @@ def train(
     from llmdoctor.cli.training_callback import quiet_training
     from llmdoctor.data.preferences import load_preferences
     from llmdoctor.models.loading import resolve_device, resolve_dtype
-    from llmdoctor.rewards.store import MANIFEST_NAME
-    from llmdoctor.tfpo.lesson import first_process, held_out_pairs
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
     from llmdoctor.tfpo.train import check_settings, check_training, train_doctor
@@ -170,32 +169,23 @@ def train(
         **training,
     )
     how = (dtype, device, trust_remote_code)
-    if pairs is not None:
+    loaded = None
+    if rewards is not None:
+        store = _opened(rewards, faces)
+    else:
+        assert pairs is not None
         face_pair = _faces_of(faces)
-        check_settings(config, options, rounds, token_rewards=bool(face_pair.positive))
+        check = partial(check_settings, config, options, rounds, token_rewards=bool(face_pair.positive))
+        check(pairs=None)
         source = load_preferences(
             pairs, split=split, format=source_format, dimension=dimension or None, limit=limit,
             on_bad=cast("OnBad", on_bad),
         )  # fmt: skip
-        total = count_pairs(run, source)
-        if total is not None:
-            held_out_pairs(total, options.eval_fraction)
-        folder = output / PAIRS_FOLDER
-        loaded = load(run, patient or DEFAULT_PATIENT, *how)
-        run.kept = f"What is done is kept in {output}; the same command goes on from there."
-        with first_process(config) as first:
-            # Only what an earlier run made there.
-            if first and not resume and (folder / MANIFEST_NAME).is_file():
-                shutil.rmtree(folder)
-            store = score(
-                run, loaded, source, folder, face_pair, total, on_bad="skip" if on_bad == "skip" else "error"
-            )  # fmt: skip
-        check_training(store, config, options, rounds)
-    else:
-        assert rewards is not None
-        store = _opened(rewards, faces)
-        check_training(store, config, options, rounds)
-        loaded = None
+        store, loaded = _scored(
+            run, source, face_pair, config, check=check, resume=resume, on_bad=on_bad,
+            patient=lambda: load(run, patient or DEFAULT_PATIENT, *how),
+        )  # fmt: skip
+    check_training(store, config, options, rounds)
     model = _patient(run, store, *how) if base is None else load(run, base, *how)
     patient_model = None
     if rounds.rounds:
@@ -223,6 +213,30 @@ def _faces_of(name: str | None) -> FacePair:
     from llmdoctor.rewards.faces import NO_FACES
 
     return NO_FACES if name in (None, NO_FACES.name) else choose_faces(name, None, 1)
+
+
+def _scored(
+    run: Run, source: PreferenceSource, faces: FacePair, config: TFPOConfig, *,
+    check: Callable[..., None], resume: bool, on_bad: str, patient: Callable[[], LoadedModel],
+) -> tuple[RewardStore, LoadedModel]:  # fmt: skip
+    """The pairs as tokens, with rewards where there are faces, kept in the doctor's folder; and the patient.
+
+    `check` looks at the settings once it is known how many `pairs` there are, before the patient is loaded.
+    """
+    from llmdoctor.rewards.store import MANIFEST_NAME
+    from llmdoctor.tfpo.lesson import first_process
+
+    total = count_pairs(run, source)
+    check(pairs=total)
+    output = Path(config.output_dir)
+    folder, loaded = output / PAIRS_FOLDER, patient()
+    run.kept = f"What is done is kept in {output}; the same command goes on from there."
+    with first_process(config) as first:
+        # Only what an earlier run made there.
+        if first and not resume and (folder / MANIFEST_NAME).is_file():
+            shutil.rmtree(folder)
+        how = "skip" if on_bad == "skip" else "error"
+        return score(run, loaded, source, folder, faces, total, on_bad=how), loaded
 
 
 def _opened(folder: Path, faces: str | None) -> RewardStore:

@@ -104,21 +104,18 @@ def train_doctor(
 
 def check_training(rewards: RewardStore, config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions) -> None:
     """What `train_doctor` can refuse without a model, with its errors: told before one is loaded."""
-    check_settings(config, options, rounds, token_rewards=rewards.has_token_rewards)
     if Path(config.output_dir).resolve() == rewards.folder.resolve():
         raise UserError(f"{config.output_dir} holds the token rewards; give the doctor a folder of its own")
-    held_out = held_out_pairs(len(rewards), options.eval_fraction)
-    schedule = SchedulerType(config.lr_scheduler_type).value
-    if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or not held_out):
-        why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
-        raise UserError(
-            f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
-            f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
-        )
+    check_settings(config, options, rounds, token_rewards=rewards.has_token_rewards, pairs=len(rewards))
 
 
-def check_settings(config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions, *, token_rewards: bool) -> None:
-    """Of `check_training` what can be told without the pairs; `token_rewards` says whether they have any."""
+def check_settings(
+    config: TFPOConfig, options: DoctorOptions, rounds: RoundOptions, *, token_rewards: bool, pairs: int | None
+) -> None:
+    """Of `check_training` what can be told before the pairs are tokens.
+
+    `token_rewards` says whether they will have any, `pairs` how many there are, None where nobody knows yet.
+    """
     _check_heard(config, rounds)
     if rounds.rounds and not options.lora:
         raise UserError(
@@ -130,6 +127,14 @@ def check_settings(config: TFPOConfig, options: DoctorOptions, rounds: RoundOpti
             f"no faces read the pairs, so they have no token rewards, of which {learner} learns: make them with faces "
             "(--faces NAME, or in Python the faces of acquire_rewards), or learn the labels alone, as rounds do by "
             "default"
+        )
+    held_out = None if pairs is None else held_out_pairs(pairs, options.eval_fraction)
+    schedule = SchedulerType(config.lr_scheduler_type).value
+    if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or held_out == 0):
+        why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
+        raise UserError(
+            f"lr_scheduler_type {schedule} goes by the loss on held-out pairs, and {why}: choose another, such as "
+            f"cosine, or give {'rounds 0' if rounds.rounds else 'more pairs or a larger eval_fraction'}"
         )
 
 
