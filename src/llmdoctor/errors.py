@@ -34,6 +34,7 @@ class FingerprintMismatch(UserError):
         was: Settings | None = None,
         now: Settings | None = None,
     ) -> None:
+        self.remedy = remedy
         was, now = was or {}, now or {}
         told = [
             name for name in was.keys() & now.keys() if stored.get(name) != current.get(name) and was[name] != now[name]

@@ -75,6 +75,15 @@ def _restore(target: Path) -> None:
             retired.rmdir()
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, first away as a whole: what a cut leaves half removed would pass for somebody's."""
+    if folder.exists():
+        retired = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        folder.replace(retired)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
 def fill_folder(target: Path, save: Callable[[Path], None], last: str, gone: Sequence[str] = ()) -> None:
     """Put what `save` writes into a folder among what is there already.
 

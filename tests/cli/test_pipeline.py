@@ -172,9 +172,16 @@ def test_training_straight_from_pairs(good: Cli, cli: Cli, tiny_folder: Path, tm
 
     more = write_jsonl(tmp_path / "more.jsonl", [*PAIRS, {"prompt": "Hm?", "chosen": "Yes.", "rejected": "No."}])
     other = ("train", "--pairs", more, *command[3:], *how)
-    assert "stored" in cli(*other).err, "other pairs are not mixed with those that are there"
+    refused = cli(*other).err
+    assert "stored" in refused, "other pairs are not mixed with those that are there"
+    assert refused.rstrip().endswith("Give another output folder, or --restart to start anew.")
+    nobody = ("train", "--pairs", pairs, "--patient", tmp_path / "nobody", "-o", tmp_path / "one")
+    assert "faces: stored" in cli(*nobody, "--faces", "polite", "--rounds", 0, *CPU).err, "told before one is loaded"
     good(*other, "--restart")
     assert RewardStore.open(tmp_path / "one" / "pairs").manifest["pairs"] == 5
+    tokens = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "pairs" / "logps").iterdir()}
+    assert "training: " in good(*other, "--restart").err
+    assert {path: path.stat().st_mtime_ns for path in tokens} == tokens, "of the same pairs they are kept"
 
 
 def test_a_folder_of_ones_own_is_not_taken_for_that_of_an_earlier_run(
@@ -203,9 +210,11 @@ def test_two_processes_train_straight_from_pairs(tiny_folder: Path, tmp_path: Pa
 def test_token_rewards_and_training_in_one(good: Cli, tiny_folder: Path, tmp_path: Path) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
     good("train", "--pairs", pairs, "--faces", "polite", "--patient", tiny_folder, "-o", tmp_path / "doctor",
-         "--rounds", 0, "--num-train-epochs", 1, *CPU)  # fmt: skip
+         "--rounds", 0, "--num-train-epochs", 1, "--max-completion-length", 2, *CPU)  # fmt: skip
     assert DoctorConfig.load(tmp_path / "doctor").dimension == "polite"
-    assert RewardStore.open(tmp_path / "doctor" / "pairs").has_token_rewards
+    store = RewardStore.open(tmp_path / "doctor" / "pairs")
+    assert store.has_token_rewards
+    assert max(len(row["chosen_ids"]) for row in store.rows()) == 2
 
 
 def test_rewards_are_rescored_without_scoring_again(

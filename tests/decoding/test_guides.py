@@ -49,6 +49,29 @@ def test_load_guide(tiny_folder: Path, tmp_path: Path, patient: LoadedModel) -> 
         load_guide(tmp_path / "doctor", patient, form="sum", **options)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "whole"])
+def test_a_quantised_patient_is_not_the_base_that_a_doctor_was_trained_on(
+    tiny_folder: Path, tmp_path: Path, lora: bool
+) -> None:
+    """Else the ratio would also say what was lost when its weights were rounded."""
+    shaken(fresh_doctor(load(tiny_folder), dimension="kind", lora=lora)).save_pretrained(tmp_path / "doctor")
+    exact, rounded = load(tiny_folder), load(tiny_folder)
+    for parameter in rounded.model.parameters():
+        parameter.data.mul_(1.05)
+    rounded.model.is_quantized = True
+    patient = LoadedModel.of(rounded.model, rounded.tokenizer, tiny_folder)
+    options = {"dtype": "float32", "device": "cpu"}
+    guide = load_guide(tmp_path / "doctor", patient, **options)
+    assert isinstance(guide.reference, LoadedModel)
+    assert guide.reference.model is not patient.model
+    request = replace(ask("Hi", betas={"kind": 1.5}), alpha=1e-6)
+    beside, alone = (
+        GuidedDecoder(one, [load_guide(tmp_path / "doctor", one, **options)]).generate([request])[0]
+        for one in (patient, exact)
+    )
+    assert beside.logps == pytest.approx(alone.logps, abs=1e-3), "what the doctor says is the same beside both"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_loaded_works_as_the_patient_does(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
     """One of the two is not what auto means here; what is asked for is heard."""

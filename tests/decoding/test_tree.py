@@ -123,6 +123,16 @@ def test_guesses_that_pay_are_made() -> None:
     assert np.mean([len(tree.children[0]) for tree in wide]) > 3
 
 
+def test_now_and_then_something_else_is_tried() -> None:
+    """However well a number of guesses does: no guesses, more of them and fewer."""
+    late = lives(Pace(32), USUAL, level=0.3, guess=0.01)[100:]
+    sizes = [tree.guesses for tree in late]
+    usual = max(set(sizes), key=sizes.count)
+    assert sizes.count(0) >= 4
+    assert any(size > 1.5 * usual for size in sizes)
+    assert any(0 < size < usual / 1.5 for size in sizes)
+
+
 def test_no_more_than_allowed() -> None:
     assert max(tree.guesses for tree in lives(Pace(3), [0.5, 0.3] + [0.0] * (RANKS - 2), 0.01, 0.001)) == 3
 

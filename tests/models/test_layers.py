@@ -115,6 +115,13 @@ def test_layers_of_several_kinds_are_refused(deep_folder: Path) -> None:
         keep_layers(patient, [0, 3])
 
 
+def test_layers_are_not_taken_from_what_is_quantised(deep_folder: Path) -> None:
+    patient = load_model(str(deep_folder), dtype="float32", device="cpu").model
+    patient.is_quantized = True
+    with pytest.raises(UserError, match=r"LlamaForCausalLM is quantised, and layers are trained from weights that are"):
+        keep_layers(patient, [0, 4])
+
+
 def test_first_layers_and_the_last() -> None:
     assert choose_layers(30, 5) == [0, 1, 2, 3, 29]
     assert lower_layers(30, 2) == [9, 19]

@@ -133,6 +133,21 @@ def test_one_that_is_loaded_already_and_came_from_nowhere_is_known_by_its_weight
     assert LoadedModel.of(changed, tiny_tokenizer()).fingerprint["model"] != own.fingerprint["model"]
 
 
+def test_one_that_is_loaded_already_but_lies_elsewhere_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(UserError, match=r"LlamaForCausalLM in memory has weights that are fetched from"):
+        LoadedModel.of(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_one_whose_weights_are_not_quite_those_of_its_folder_says_so(saved: Path, quantised: bool) -> None:
+    model = tiny_llama()
+    model.is_quantized = quantised
+    assert LoadedModel.of(model, tiny_tokenizer(), saved).quantised is quantised
+    assert not LoadedModel.of(model, tiny_tokenizer()).quantised, "known by the weights that it has"
+
+
 def test_a_padding_token_that_is_there_is_kept(folder: Path) -> None:
     tiny_tokenizer(pad_token="c").save_pretrained(folder)
     assert load(folder).tokenizer.pad_token == "c"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,11 +24,13 @@ from llmdoctor.cli.options import (
     next_command,
 )
 from llmdoctor.cli.rewards import PAIRS, LimitOption, OnBadOption, SourceFormat, SplitOption, count_pairs, score
-from llmdoctor.errors import UserError
+from llmdoctor.errors import FingerprintMismatch, UserError
+from llmdoctor.files import discard
 
 if TYPE_CHECKING:
     from llmdoctor.data.preferences import OnBad, PreferenceSource
     from llmdoctor.models.loading import LoadedModel
+    from llmdoctor.rewards.acquire import ScoringOptions
     from llmdoctor.rewards.faces import FacePair
     from llmdoctor.rewards.store import RewardStore
     from llmdoctor.tfpo.config import TFPOConfig
@@ -83,7 +84,19 @@ _Faces = Annotated[
 ]
 _Resume = Annotated[
     bool,
-    typer.Option("--resume/--restart", help="Go on from the last checkpoint, or throw the checkpoints away."),
+    typer.Option(
+        "--resume/--restart",
+        help="Go on from the last checkpoint, or throw the checkpoints away, and with --pairs what was made of others.",
+    ),
+]
+_Scoring = Annotated[
+    dict[str, Any],
+    FieldsOf(
+        "llmdoctor.rewards.acquire",
+        "ScoringOptions",
+        panel="How --pairs are read",
+        only=("max_completion_length", "too_long"),
+    ),
 ]
 _DoctorOptions = Annotated[dict[str, Any], FieldsOf("llmdoctor.tfpo.options", "DoctorOptions", panel="What is trained")]
 _Rounds = Annotated[
@@ -125,6 +138,7 @@ def train(
     split: SplitOption = "train",
     limit: LimitOption = None,
     on_bad: OnBadOption = "auto",
+    scoring_options: _Scoring,
     doctor_options: _DoctorOptions,
     objective: Annotated[dict[str, Any], FieldsOf(*_CONFIG, panel="Objective", only=_OBJECTIVE)],
     round_options: _Rounds,
@@ -144,9 +158,12 @@ def train(
 
     Example: llmdoctor train --pairs my-pairs.jsonl -o runs/doctor
     """
+    from llmdoctor.rewards.acquire import ScoringOptions
+
     _check_source(
         pairs, rewards, patient=patient is not None, format=source_format != "auto", split=split != "train",
         limit=limit is not None, on_bad=on_bad != "auto",
+        **{name: value != getattr(ScoringOptions, name) for name, value in scoring_options.items()},
     )  # fmt: skip
     check_output(output, folder=True)
     from llmdoctor.cli.training_callback import quiet_training
@@ -154,7 +171,7 @@ def train(
     from llmdoctor.models.loading import resolve_device, resolve_dtype
     from llmdoctor.tfpo.options import DoctorOptions
     from llmdoctor.tfpo.rounds import RoundOptions
-    from llmdoctor.tfpo.train import check_settings, check_training, train_doctor
+    from llmdoctor.tfpo.train import check_settings, check_training, learner_of_token_rewards, train_doctor
 
     options, rounds = DoctorOptions(**doctor_options), RoundOptions(**round_options)
     resolve_dtype(dtype, resolve_device(device))
@@ -177,19 +194,30 @@ def train(
         face_pair = _faces_of(faces)
         check = partial(check_settings, config, options, rounds, token_rewards=bool(face_pair.positive))
         check(pairs=None)
+        if face_pair.positive and not learner_of_token_rewards(config, rounds):
+            raise UserError(
+                "--faces makes token rewards, and nothing in this training learns of them: leave it out (--dimension "
+                "names the doctor), or learn of them, with --rounds 0 or --pairs-objective subtb"
+            )
         source = load_preferences(
             pairs, split=split, format=source_format, dimension=dimension or None, limit=limit,
             on_bad=cast("OnBad", on_bad),
         )  # fmt: skip
         store, loaded = _scored(
             run, source, face_pair, config, check=check, resume=resume, on_bad=on_bad,
+            scoring=ScoringOptions(**scoring_options),
             patient=lambda: load(run, patient or DEFAULT_PATIENT, *how),
         )  # fmt: skip
     check_training(store, config, options, rounds)
-    model = _patient(run, store, *how) if base is None else load(run, base, *how)
     patient_model = None
     if rounds.rounds:
-        patient_model = loaded or _patient(run, store, *how)
+        patient_model, loaded = loaded or _patient(run, store, *how), None
+    if base is not None:
+        # Without rounds nobody asks the patient again.
+        loaded = None
+        model = load(run, base, *how)
+    else:
+        model = loaded or _patient(run, store, *how)
     run.kept = f"Checkpoints are kept in {output / 'checkpoints'}; the same command goes on from the last one."
     with quiet_training(run.verbose), _one_of_several():
         train_doctor(
@@ -216,27 +244,48 @@ def _faces_of(name: str | None) -> FacePair:
 
 
 def _scored(
-    run: Run, source: PreferenceSource, faces: FacePair, config: TFPOConfig, *,
-    check: Callable[..., None], resume: bool, on_bad: str, patient: Callable[[], LoadedModel],
+    run: Run, source: PreferenceSource, faces: FacePair, config: TFPOConfig, *, check: Callable[..., None],
+    resume: bool, on_bad: str, scoring: ScoringOptions, patient: Callable[[], LoadedModel],
 ) -> tuple[RewardStore, LoadedModel]:  # fmt: skip
     """The pairs as tokens, with rewards where there are faces, kept in the doctor's folder; and the patient.
 
     `check` looks at the settings once it is known how many `pairs` there are, before the patient is loaded.
     """
-    from llmdoctor.rewards.store import MANIFEST_NAME
+    from llmdoctor.rewards.acquire import RewardOptions
+    from llmdoctor.rewards.acquire import check_settings as check_made
     from llmdoctor.tfpo.lesson import first_process
 
-    total = count_pairs(run, source)
-    check(pairs=total)
     output = Path(config.output_dir)
-    folder, loaded = output / PAIRS_FOLDER, patient()
-    run.kept = f"What is done is kept in {output}; the same command goes on from there."
-    with first_process(config) as first:
-        # Only what an earlier run made there.
-        if first and not resume and (folder / MANIFEST_NAME).is_file():
-            shutil.rmtree(folder)
-        how = "skip" if on_bad == "skip" else "error"
-        return score(run, loaded, source, folder, faces, total, on_bad=how), loaded
+    folder = output / PAIRS_FOLDER
+    with _or_restart():
+        if resume:
+            check_made(folder, faces, scoring, RewardOptions())
+        total = count_pairs(run, source)
+        check(pairs=total)
+        loaded = patient()
+        run.kept = f"What is done is kept in {output}; the same command goes on from there."
+        on_bad = "skip" if on_bad == "skip" else "error"
+        with first_process(config) as first:
+            try:
+                store = score(run, loaded, source, folder, faces, total, scoring=scoring, on_bad=on_bad)
+            except FingerprintMismatch:
+                if resume or not first:
+                    raise
+                # What was made of the same pairs stays, whatever is trained anew.
+                discard(folder)
+                store = score(run, loaded, source, folder, faces, total, scoring=scoring, on_bad=on_bad)
+    return store, loaded
+
+
+@contextmanager
+def _or_restart() -> Iterator[None]:
+    """Of tokens in the doctor's folder that are of other pairs, say what cures them and the checkpoints alike."""
+    try:
+        yield
+    except FingerprintMismatch as error:
+        raise UserError(
+            str(error).replace(error.remedy, "Give another output folder, or --restart to start anew.")
+        ) from error
 
 
 def _opened(folder: Path, faces: str | None) -> RewardStore:

@@ -145,7 +145,8 @@ class Pace:
         if self._guessed - self._plain >= _ASIDE_EVERY * min(1.0, (gain - 1) / _CLEAR):
             self._plain = self._guessed
             return Tree()
-        aside, rest = divmod(self._guessed, _ASIDE_EVERY)
+        # Half way between rounds without guesses, or those would always come first.
+        aside, rest = divmod(self._guessed + _ASIDE_EVERY // 2, _ASIDE_EVERY)
         if rest == 0:
             size = size * _ASIDE if aside % 2 else max(1, size // _ASIDE)
         return branchings[best].tree(min(size, self.most))

@@ -27,6 +27,9 @@ from llmdoctor.errors import UserError
 from llmdoctor.models.draft import DraftModel
 from llmdoctor.models.layers import weights_read
 
+_UNNOTICED = 16
+"""Columns that the draft reads beside the newest one at hardly any cost."""
+
 _LATEST = 256
 """Columns that may wait to be read: while nothing is guessed, states would otherwise pile up. What waits until its row
 is done is never read."""
@@ -97,8 +100,8 @@ class DraftLane:
         self._pending.append((tokens, mask, self._states.transpose(1, 2)[rows, branch].transpose(1, 2)))
 
     def catch_up(self) -> None:
-        """Read what was observed but for the newest."""
-        if len(self._pending) > 1:
+        """Read what was observed but for the newest, where it is more than `begin` reads without noticing."""
+        if sum(tokens.shape[1] for tokens, _, _ in self._pending) > _UNNOTICED:
             newest = self._pending.pop()
             self._read()
             self._pending = [newest]

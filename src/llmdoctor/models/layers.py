@@ -91,6 +91,11 @@ def copy_kept(model: Any, small: Any, kept: Sequence[int]) -> None:
     Raises:
         UserError: as `keep_layers`.
     """
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"{type(model).__name__} is quantised, and layers are trained from weights that are not: load it in half "
+            "precision for this"
+        )
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     places = {old: new for new, old in enumerate(kept)}

@@ -38,13 +38,14 @@ class LoadedModel:
     """A frozen model in evaluation mode with its tokenizer.
 
     `fingerprint` has the keys `model` (its stored weights, whatever the dtype they are loaded in), `tokenizer`,
-    `template` and `dtype`.
+    `template` and `dtype`. `quantised` says that the weights in memory are coarser than those stored.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: str
     fingerprint: dict[str, str]
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         # One that is put together by hand may come from a training, where dropout would change what is decoded.
@@ -60,17 +61,25 @@ class LoadedModel:
             model, tokenizer: used as they are; the tokenizer pads on the left from now on.
             spec: what `load_model` would find its weights by, where they are unchanged but for dtype or quantisation:
                 then doctors, rewards and drafts that were made with the one serve the other, and training can load it
-                a second time. Without it the weights in memory are what it is known by.
+                a second time. Without it the weights in memory are what it is known by. (A doctor that is an adapter
+                on a quantised patient is not run in its pass: the base it was trained on is loaded beside it.)
 
         Raises:
-            UserError: no model behind `spec`, or a tokenizer that does not fit.
+            UserError: no model behind `spec`, weights that lie on a disk or in the host's memory, or a tokenizer that
+                does not fit.
         """
         name = os.fspath(spec) if spec is not None else f"{type(model).__name__} in memory"
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UserError(
+                f"{name} has weights that are fetched from the host's memory or a disk whenever they are used, which "
+                "is not supported: load it so that it fits into the GPUs (quantised, or spread over more of them)"
+            )
         _prepare_tokenizer(name, tokenizer, model)
         model.requires_grad_(False)
         stored = weights_fingerprint(model) if spec is None else stored_weights_fingerprint(name)
         fingerprint = _fingerprint(stored, tokenizer, model.dtype)
-        return cls(model, tokenizer, name if spec is None else _from_anywhere(name), fingerprint)
+        coarser = spec is not None and bool(getattr(model, "is_quantized", False))
+        return cls(model, tokenizer, name if spec is None else _from_anywhere(name), fingerprint, coarser)
 
 
 @dataclass(frozen=True)

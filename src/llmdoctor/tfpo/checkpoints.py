@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmdoctor.errors import FingerprintMismatch
-from llmdoctor.files import digest, write_json
+from llmdoctor.files import digest, discard, write_json
 from llmdoctor.models.doctor import DoctorConfig
 from llmdoctor.models.reward_model import RewardModelConfig
 from llmdoctor.tfpo.options import decisive
@@ -84,12 +83,8 @@ def claim_checkpoints(folder: Path, config: DoctorConfig | RewardModelConfig, re
     """
     current = training_identity(config)
     marker = folder / "fingerprint.json"
-    if not resume and folder.exists():
-        # Away as a whole: what a cut leaves half deleted would pass for somebody's.
-        retired = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        folder.replace(retired)
-        shutil.rmtree(retired, ignore_errors=True)
+    if not resume:
+        discard(folder)
     # Where nothing was trained yet, nothing is lost: settings that ended a run at once may be mended.
     begun = folder.is_dir() and any(path != marker for path in folder.iterdir())
     if begun and _is_json(marker):

@@ -122,7 +122,7 @@ def check_settings(
             "rounds need a LoRA doctor: a fully trained one keeps no reference to tilt from; with rounds 0 all weights "
             "are trained on the pairs"
         )
-    if not token_rewards and (learner := _of_token_rewards(config, rounds)):
+    if not token_rewards and (learner := learner_of_token_rewards(config, rounds)):
         raise UserError(
             f"no faces read the pairs, so they have no token rewards, of which {learner} learns: make them with faces "
             "(--faces NAME, or in Python the faces of acquire_rewards), or learn the labels alone, as rounds do by "
@@ -138,7 +138,7 @@ def check_settings(
         )
 
 
-def _of_token_rewards(config: TFPOConfig, rounds: RoundOptions) -> str:
+def learner_of_token_rewards(config: TFPOConfig, rounds: RoundOptions) -> str:
     """The setting by which something is learned of the pairs' token rewards; "" where nothing is."""
     if rounds.rounds and not (rounds.merges or rounds.pairs_first):
         return ""
