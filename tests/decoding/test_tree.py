@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmdoctor.decoding.pace import Pace
+from llmdoctor.decoding.pace import Pace, _Costs
 from llmdoctor.decoding.row import RANKS
 from llmdoctor.decoding.tree import Branching, Tree
 
@@ -170,6 +170,6 @@ def test_one_round_that_was_disturbed_decides_nothing(level: float, guess: float
 
 
 def test_guesses_that_nearly_pay_are_tried_more_often_than_those_that_cost_much() -> None:
-    near = lives(Pace(16), USUAL, level=0.2, guess=0.25, rounds=400)
-    far = lives(Pace(16), USUAL, level=1.0, guess=0.5, rounds=400)
-    assert sum(tree.guesses > 0 for tree in near[50:]) > 2 * sum(tree.guesses > 0 for tree in far[50:]) > 0
+    near, far = (sum(costs.try_again(loss) for _ in range(300)) for costs, loss in ((_Costs(), 0.03), (_Costs(), 0.5)))
+    assert near > 1.5 * far > 0
+    assert near < 20, "less and less often, as long as they do not pay"

@@ -2,17 +2,19 @@
 
 Source: Chakraborty et al., "Transfer Q Star: Principled Decoding for LLM Alignment" (NeurIPS 2024, arXiv 2405.20495),
 its direct form: the aligned policy was trained for the reward that is asked for.
-Shapes: B rows, K candidates, M = open rows × K paths, V vocabulary.
+Shapes: B rows, K candidates, N tokens of a tree: K chains, a candidate and its continuation each, side by side level
+by level, so that a row's text is read, and kept, once for all of them. V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from llmdoctor.baselines.method import Method, newly_finished, pick, room_of, survivors
+from llmdoctor.decoding.device import sent
 from llmdoctor.decoding.guides import lanes_of
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.decoding.reward_lane import RewardLane
@@ -40,7 +42,7 @@ class TransferQ(Method):
         top_k: K; the paper uses 10.
         rollout_tokens: most tokens of a continuation; None continues to the end.
         rollout_temperature: of ρ; 0 is greedy.
-        max_batch_size: rows decoded together; K times as many continuations run at once.
+        max_batch_size: rows decoded together, each with its K continuations.
 
     Raises:
         UserError: another vocabulary, or a setting out of its range.
@@ -111,49 +113,51 @@ class TransferQ(Method):
             logits = lane.step(tokens)
 
     def _values(self, rows: list[Row], candidates: Tensor, policy: Lane, critic: RewardLane) -> Tensor:
-        """Q [B, K] of the candidates [B, K]; 0 for finished rows. The continuations are counted as forwards."""
-        values = torch.zeros(candidates.shape, device=candidates.device)
-        places = [place for place, row in enumerate(rows) if not row.done]
-        sources = [place for place in places for _ in range(self.top_k)]
-        paths = self._continue(rows, sources, candidates[places].flatten().tolist(), policy)
-        rewards = critic.extend(sources, paths)
-        critic.commit([])
-        values[places] = rewards.to(values).view(len(places), self.top_k)
-        for source, path in zip(sources, paths, strict=True):
-            rows[source].completion.guide_forwards += 2 * len(path)
-        return values
+        """Q [B, K] of the candidates [B, K]; of no meaning in finished rows. Continuations are counted as forwards."""
+        levels, ends = self._continue(rows, candidates, policy)
+        rewards = critic.weigh(torch.cat(levels, dim=1), _chains(self.top_k, len(levels)))
+        for row, lengths in zip(rows, ends, strict=True):
+            if not row.done:
+                row.completion.guide_forwards += 2 * (sum(lengths) + len(lengths))
+        last = sent(ends, rewards.device) * self.top_k + torch.arange(self.top_k, device=rewards.device)
+        return rewards.gather(1, last)
 
-    def _continue(self, rows: list[Row], sources: list[int], starts: list[int], policy: Lane) -> list[list[int]]:
-        """M paths of tokens: each start and what the aligned policy lets follow it in its row."""
-        paths = [[start] for start in starts]
-        limits = [self._limit(rows[source]) for source in sources]
+    def _continue(self, rows: list[Row], candidates: Tensor, policy: Lane) -> tuple[list[Tensor], list[list[int]]]:
+        """What the aligned policy lets follow each candidate: tokens [B, K] by level, and each chain's last level."""
+        levels, ends = [candidates.cpu()], [[0] * self.top_k for _ in rows]
+        limits = [0 if row.done else self._limit(row) for row in rows]
 
-        def open_of(orders: list[int]) -> list[int]:
+        def going_on(chains: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+            tokens, level = levels[-1].tolist(), len(levels) - 1
             return [
-                order
-                for order in orders
-                if len(paths[order]) <= limits[order] and paths[order][-1] not in self.encoder.stop_ids
+                (place, chain)
+                for place, chain in chains
+                if level < limits[place] and tokens[place][chain] not in self.encoder.stop_ids
             ]
 
-        alive = open_of(list(range(len(paths))))
-        if not alive:
-            return paths
-        fork = policy.fork([sources[order] for order in alive], max(limits))
-        while True:
-            logits = fork.step(torch.tensor([paths[order][-1] for order in alive]))[:, : self.width].float()
-            keys = [rows[sources[order]].next_key() for order in alive]
-            greedy = torch.full((len(alive),), self.rollout_temperature == 0)
-            scores = logits.nan_to_num(nan=0.0) / (self.rollout_temperature or 1.0)
-            for order, token in zip(alive, sample(scores, keys, greedy).tolist(), strict=True):
-                paths[order].append(token)
-            still = open_of(alive)
-            if not still:
-                return paths
-            if len(still) < len(alive):
-                fork.keep([alive.index(order) for order in still])
-                alive = still
+        alive = going_on((place, chain) for place in range(len(rows)) for chain in range(self.top_k))
+        while alive:
+            # Chains that have ended are carried along, so that all rows' trees are alike; nobody looks at them.
+            states = policy.grow(levels[-1], _chains(self.top_k, len(levels))[-self.top_k :])
+            places, chains = (list(column) for column in zip(*alive, strict=True))
+            logits = policy.outputs(states[sent(places, states.device), sent(chains, states.device)])
+            scores = logits[:, : self.width].nan_to_num_(nan=0.0).div_(self.rollout_temperature or 1.0)
+            keys = [rows[place].next_key() for place in places]
+            drawn = sample(scores, keys, torch.full((len(alive),), self.rollout_temperature == 0))
+            levels.append(torch.zeros_like(levels[0]))
+            levels[-1][places, chains] = drawn.cpu()
+            for place, chain in alive:
+                ends[place][chain] += 1
+            alive = going_on(alive)
+        policy.forget()
+        return levels, ends
 
     def _limit(self, row: Row) -> int:
         """Tokens that may follow the next one in `row`."""
         left = min(row.request.sampling.max_new_tokens, row.room) - len(row.completion.token_ids) - 1
         return left if self.rollout_tokens is None else min(left, self.rollout_tokens)
+
+
+def _chains(count: int, levels: int) -> list[int]:
+    """Of each of the tokens in a tree of `count` chains, level by level, its parent's number; −1 follows the row."""
+    return [number - count if number >= count else -1 for number in range(count * levels)]

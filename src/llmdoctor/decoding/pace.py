@@ -26,7 +26,7 @@ _BELIEVED = np.array([1.0, 0.02, 0.06, 0.03])
 _UNSURE = np.array([0.1, 0.05, 0.1, 0.08])
 """Standard deviations of that."""
 
-_DRIFT = np.array([0.004, 0.0005, 0.0005, 0.0005])
+_DRIFT = np.array([0.01, 0.002, 0.002, 0.002])
 """How far each price moves from a round to the next."""
 
 _NOISE = 0.06

@@ -1,10 +1,11 @@
 """A reward model that follows a search token by token.
 
-Shapes: B rows, K candidates.
+Shapes: B rows, K candidates, N tokens of a tree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from llmdoctor.decoding.guides import LaneSpec
 from llmdoctor.decoding.lane import Lane
 from llmdoctor.models.reward_model import RewardModel
+
+_TREE_PIECE = 64
+"""Tokens of a tree that are read at once: who sees whom is a table of them by all columns."""
 
 
 class RewardLane:
@@ -50,6 +54,19 @@ class RewardLane:
                 return
         self._settle()
         self._lane.step(tokens)
+
+    def weigh(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """Rewards [B, N] of each row with the branches behind it that end at N tokens [B, N]; nothing is appended.
+
+        `parents` has of each token, after those before it, its parent's number in the tree; −1 follows the row.
+        """
+        self._settle()
+        found = []
+        for start in range(0, len(parents), _TREE_PIECE):
+            part = slice(start, start + _TREE_PIECE)
+            found.append(self._lane.outputs(self._lane.grow(tokens[:, part], parents[part]))[..., 0])
+        self._lane.forget()
+        return torch.cat(found, dim=1)
 
     def extend(self, places: list[int], segments: list[list[int]]) -> Tensor:
         """Rewards [M] of appending M segments, none empty, to the rows at M places; nothing is appended as yet."""
