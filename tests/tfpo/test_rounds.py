@@ -456,7 +456,7 @@ def test_bad_input(tiny_folder: Path, tmp_path: Path) -> None:
             RoundOptions(**{name: value})
     with pytest.raises(UserError, match="rounds need a LoRA doctor"):
         rounds_of(fresh_doctor(load(tiny_folder), lora=False), tmp_path, Likes(7))
-    whole, read = DoctorOptions(lora=False), {"faces": {"positive": "Be kind."}}
+    whole, read = DoctorOptions(lora=False), {"faces": {"positive": "Be kind."}, "pairs": 4}
     with pytest.raises(UserError, match=r"rounds need a LoRA doctor.*with rounds 0 all weights"):
         train_doctor(load(tiny_folder), RewardStore(tmp_path, read), config(tmp_path / "d"), options=whole)
     few = acquire(load(tiny_folder), some_pairs(3), tmp_path / "few")
