@@ -10,6 +10,7 @@ from tests.baselines.tools import TEXTS, ask, critic_of, load, log_probs, other,
 
 from llmdoctor.baselines.args import ARGS
 from llmdoctor.baselines.transfer_q import TransferQ
+from llmdoctor.decoding import reward_lane
 from llmdoctor.decoding.request import Request
 from llmdoctor.errors import UserError
 from llmdoctor.models.loading import LoadedModel
@@ -101,6 +102,17 @@ def test_a_row_does_not_see_its_batch(patient: LoadedModel, aligned: LoadedModel
     alone = [decoder.generate([request])[0] for request in requests]
     for one, together in zip(alone, decoder.generate(requests), strict=True):
         same(one, together)
+
+
+def test_a_large_tree_is_read_piece_by_piece(
+    patient: LoadedModel, aligned: LoadedModel, critic: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = TransferQ(patient, aligned, critic, top_k=3, rollout_temperature=0.0)
+    requests = [ask(text, temperature=1.0, seed=5, max_new_tokens=8) for text in TEXTS[:2]]
+    whole = decoder.generate(requests)
+    monkeypatch.setattr(reward_lane, "_TREE_PIECE", 4)
+    for one, other_one in zip(whole, decoder.generate(requests), strict=True):
+        same(one, other_one)
 
 
 def test_a_full_context(patient: LoadedModel, aligned: LoadedModel, critic: RewardModel) -> None:
