@@ -86,7 +86,7 @@ _Resume = Annotated[
     bool,
     typer.Option(
         "--resume/--restart",
-        help="Go on from the last checkpoint, or throw the checkpoints away, and with --pairs what was made of others.",
+        help="Go on from the last checkpoint, or throw the checkpoints away; tokens of the same --pairs are kept.",
     ),
 ]
 _Scoring = Annotated[

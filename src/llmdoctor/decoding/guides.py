@@ -78,11 +78,12 @@ def load_guide(
     config = DoctorConfig.load(folder)
     given = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     options = placement_of(patient) | {name: value for name, value in given.items() if value is not None}
+    same_base = config.is_on(patient)
     # The same weights under another name will do: the recorded base may be a folder of another machine.
-    spec = patient.spec if config.is_on(patient) else config.base
+    spec = patient.spec if same_base else config.base
     # Beside coarser weights than its base's a doctor would also say what was lost in between.
-    on_patient = config.is_on(patient) and not patient.quantised
-    if config.is_on(patient) and patient.quantised:
+    on_patient = same_base and not patient.quantised
+    if same_base and not on_patient:
         _logger.warning(
             "the patient is quantised, and the doctor %s was trained on weights that are not: a copy of %s is loaded "
             "for it",
