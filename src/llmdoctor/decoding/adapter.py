@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from llmdoctor.models.lora import PlainLora
 from llmdoctor.models.product import Product
 
-_FEW_ROWS, _FEW_ROWS_LAID_OUT = 16, 4
-"""Up to so many rows a CPU multiplies thin matrices faster in float32 than in half precision: as they are, and where
-they could be laid out."""
+_FEW_ROWS = 16
+"""Up to so many rows a CPU multiplies thin matrices faster in float32 than in half precision."""
 
-_FEW_WEIGHTS = 1 << 17
-"""With matrices that can be laid out, of so many weights at most: reading more of them in float32 takes longer."""
+_FEW_ROWS_LAID_OUT = {1 << 17: 4, 1 << 18: 1}
+"""The same where they can be laid out, by the most weights there may be: reading more in float32 takes longer."""
 
 _FUSED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -44,12 +43,13 @@ class LowRank:
         self._make(down, up, like)
 
     def _make(self, down: Tensor, up: Tensor, like: Tensor) -> None:
-        self._down, self._up = Product(down.to(like)), Product(up.to(like))
+        self._down, self._up = Product(down.to(like)), Product(up.to(like).contiguous())
         self._few = 0
         if like.device.type == "cpu" and like.dtype != torch.float32:
-            small = down.numel() + up.numel() <= _FEW_WEIGHTS
-            self._few = _FEW_ROWS if not self._up.laid_out else _FEW_ROWS_LAID_OUT if small else 0
-        self._exact = (down.to(like.device), up.to(like.device)) if self._few else None
+            rows = [rows for most, rows in _FEW_ROWS_LAID_OUT.items() if down.numel() + up.numel() <= most]
+            self._few = max(rows, default=0) if self._up.laid_out else _FEW_ROWS
+        # B is read along its columns: each is longer than a row.
+        self._exact = (down.to(like.device), up.to(like.device).t().contiguous().t()) if self._few else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], perhaps in float32."""
@@ -57,10 +57,14 @@ class LowRank:
         if held.dtype != x.dtype or held.device != x.device:
             # The base was moved; the adapter follows.
             self._make(*(self._exact or (held.float(), self._up.weight.float())), x)
-        if self._exact is not None and x.shape[:-1].numel() <= self._few:
-            down, up = self._exact
-            return F.linear(F.linear(x.float(), down), up)
-        return self._up(self._down(x))
+        rows = x.shape[:-1].numel()
+        if self._exact is None or rows > self._few:
+            return self._up(self._down(x))
+        down, up = self._exact
+        if rows == 1:
+            # With less ado than a product of matrices of one row.
+            return up.mv(down.mv(x.flatten().float())).view(*x.shape[:-1], -1)
+        return F.linear(F.linear(x.float(), down), up)
 
 
 @dataclass

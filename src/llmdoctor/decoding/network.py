@@ -324,6 +324,5 @@ def _adapted(linear: _Linear, x: Tensor, deltas: Sequence[LayerDelta | None], pl
         for number, delta in enumerate(deltas):
             change = getattr(delta, place) if delta else None
             if change is not None:
-                part = slice(number * rows, (number + 1) * rows)
-                y[part] += change(x[part])
+                y.narrow(0, number * rows, rows).add_(change(x.narrow(0, number * rows, rows)))
     return y
