@@ -255,6 +255,7 @@ _PAIRS = "--pairs pairs.jsonl --faces positive"
         ("train --rewards {rewards} -o x --eta 0.1", "eta 0.1 is a setting of the balance on pairs"),
         ("train --rewards {rewards} -o x --no-lora", "rounds need a LoRA doctor"),
         ("train --rewards {rewards} -o x --eval-fraction 0.9", "4 pairs leave none to train on"),
+        ("train --rewards {rewards} -o x --eval-fraction 0.3", "rounds need at least 4 pairs to fit a judge to, got 3"),
         ("train -o x", "there is nothing to learn from: give --pairs with preference pairs, or --rewards"),
         ("train --pairs pairs.jsonl --rewards {rewards} -o x", "give --pairs or --rewards, not both"),
         ("train --rewards {rewards} -o x --patient me/mine", "--patient says how --pairs are read"),
@@ -265,6 +266,7 @@ _PAIRS = "--pairs pairs.jsonl --faces positive"
         ("train --pairs pairs.jsonl -o x --rounds 0", "so they have no token rewards, of which objective subtb learns"),
         ("train --pairs pairs.jsonl -o x --faces loud", "no faces for the dimension 'loud'"),
         ("train --pairs pairs.jsonl -o x --eval-fraction 0.9", "4 pairs leave none to train on"),
+        ("train --pairs pairs.jsonl -o x --eval-fraction 0.3", "rounds need at least 4 pairs to fit a judge to, got 3"),
         ("train --pairs pairs.jsonl -o x --lr-scheduler-type greedy", "and rounds do not look at them while they"),
         (
             "train --pairs pairs.jsonl -o x --faces helpful --rounds 0 --eval-fraction 0 --lr-scheduler-type greedy",

@@ -143,6 +143,16 @@ def edit(folder: Path, **changes: object) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config | changes))
 
 
+@pytest.mark.parametrize("changes", [{"lower": [1, 0]}, {"lower": [0, 0]}, {"layers": [99]}])
+def test_layers_that_are_not_ascending_or_not_there_are_refused(
+    patient: LoadedModel, folder: Path, changes: dict[str, list[int]]
+) -> None:
+    """States are put together in the order of the layers, whatever order they are named in."""
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=rf"draft\.json is broken: {next(iter(changes))} are \["):
+        load_draft(folder, patient)
+
+
 def test_broken_folders_are_refused(patient: LoadedModel, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent is not a draft model: it has no draft\.json \(make one with"):
         load_draft(tmp_path / "absent", patient)

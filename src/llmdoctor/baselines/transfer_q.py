@@ -141,7 +141,9 @@ class TransferQ(Method):
             states = policy.grow(levels[-1], _chains(self.top_k, len(levels))[-self.top_k :])
             places, chains = (list(column) for column in zip(*alive, strict=True))
             logits = policy.outputs(states[sent(places, states.device), sent(chains, states.device)])
-            scores = logits[:, : self.width].nan_to_num_(nan=0.0).div_(self.rollout_temperature or 1.0)
+            scores = logits[:, : self.width].nan_to_num_(nan=0.0)
+            if self.rollout_temperature not in (0.0, 1.0):
+                scores.div_(self.rollout_temperature)
             keys = [rows[place].next_key() for place in places]
             drawn = sample(scores, keys, torch.full((len(alive),), self.rollout_temperature == 0))
             levels.append(torch.zeros_like(levels[0]))

@@ -11,7 +11,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -40,7 +40,8 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
     """
     if bool(greedy.all()):
         return scores.argmax(-1)
-    first = _finish(scores, keys, greedy, _all_words(*scores.shape[1:], scores.device)).argmax(-1)
+    words = _all_words(*scores.shape[1:], scores.device)
+    first = torch.cat([block.argmax(-1) for block in _finish(scores, keys, greedy, words)])
     return torch.where(sent(greedy, scores.device), scores.argmax(-1), first) if bool(greedy.any()) else first
 
 
@@ -56,21 +57,23 @@ def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, 
     Returns:
         [B, K] token ids.
     """
-    return tokens[_finish(scores, keys, greedy, _words(tokens)).topk(count, dim=-1).indices]
+    finish = _finish(scores, keys, greedy, _words(tokens))
+    return tokens[torch.cat([block.topk(count, dim=-1).indices for block in finish])]
 
 
-def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) -> Tensor:
-    """[B, V] what is greater for tokens that arrive earlier: p over the waiting time, p itself where greedy."""
+def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) -> Iterator[Tensor]:
+    """[B, V] what is greater for tokens that arrive earlier: p over the waiting time, p itself where greedy.
+
+    Some rows after the others: on a CPU no more than stay in its cache until they have been looked at.
+    """
     rows = len(scores) if scores.device.type != "cpu" else max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
-    found = []
     for start in range(0, len(scores), rows):
         block = slice(start, start + rows)
         masses = (scores[block] - scores[block].amax(-1, keepdim=True)).exp_()
         times = waiting_times(keys[block], words)
         if bool(greedy[block].any()):
             times.masked_fill_(sent(greedy[block, None], times.device), 1.0)
-        found.append(masses.div_(times))
-    return torch.cat(found)
+        yield masses.div_(times)
 
 
 def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:

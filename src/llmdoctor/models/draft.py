@@ -212,7 +212,7 @@ def load_draft(path: str | Path, patient: LoadedModel) -> DraftModel:
     total = len(decoder_layers(patient.model))
     for name, numbers in (("layers", layers), ("lower", lower)):
         known = isinstance(numbers, list) and all(type(number) is int and 0 <= number < total for number in numbers)
-        if not known or (name == "layers" and not numbers):
+        if not known or sorted(set(numbers)) != numbers or (name == "layers" and not numbers):
             raise UserError(f"{folder / CONFIG_NAME} is broken: {name} are {numbers!r}; make the draft model anew")
     try:
         tensors = load_file(folder / WEIGHTS_NAME)

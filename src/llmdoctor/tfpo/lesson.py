@@ -206,13 +206,18 @@ class Lesson:
         )  # fmt: skip
 
 
+def need_pairs_for_rounds(count: int) -> None:
+    """UserError where so many pairs to train on are too few for rounds."""
+    if count < 4:
+        raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
+
+
 def _readout(checkpoints: Path, rewards: RewardStore, count: int, patient: LoadedModel, told: Told) -> Readout:
     """The patient's read-out of the first `count` pairs, `READOUT_PAIRS` of them.
 
     It is kept among the checkpoints, which belong to these rewards.
     """
-    if count < 4:
-        raise UserError(f"rounds need at least 4 pairs to fit a judge to, got {count}; with rounds 0 the pairs suffice")
+    need_pairs_for_rounds(count)
     folder = checkpoints / READOUT_FOLDER
     if (folder / READOUT_CONFIG).is_file():
         return Readout.from_pretrained(folder, patient)

@@ -17,7 +17,15 @@ from llmdoctor.rewards.store import RewardStore
 from llmdoctor.rewards.transfer import rewards_for
 from llmdoctor.tfpo.checkpoints import claim_checkpoints
 from llmdoctor.tfpo.config import TFPOConfig
-from llmdoctor.tfpo.lesson import Lesson, Told, first_process, held_out_pairs, need_room, split_rows
+from llmdoctor.tfpo.lesson import (
+    Lesson,
+    Told,
+    first_process,
+    held_out_pairs,
+    need_pairs_for_rounds,
+    need_room,
+    split_rows,
+)
 from llmdoctor.tfpo.options import DoctorOptions, training_record
 from llmdoctor.tfpo.rounds import RoundOptions
 
@@ -129,6 +137,8 @@ def check_settings(
             "default"
         )
     held_out = None if pairs is None else held_out_pairs(pairs, options.eval_fraction)
+    if pairs is not None and held_out is not None and rounds.rounds:
+        need_pairs_for_rounds(pairs - held_out)
     schedule = SchedulerType(config.lr_scheduler_type).value
     if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or held_out == 0):
         why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
