@@ -17,8 +17,9 @@ from torch import Tensor
 from llmdoctor.baselines.best_of_n import best_of_n_kl
 from llmdoctor.baselines.method import Method, newly_finished, room_of, survivors
 from llmdoctor.decoding.controls import Controls
-from llmdoctor.decoding.guidance import warp
+from llmdoctor.decoding.device import blocks
 from llmdoctor.decoding.lane import Lane
+from llmdoctor.decoding.mixture import warped
 from llmdoctor.decoding.request import Request
 from llmdoctor.decoding.reward_lane import RewardLane
 from llmdoctor.decoding.row import Row
@@ -163,10 +164,15 @@ class CARDS(Method):
 
     def _draw(self, rows: list[Row], drafts: list[_Draft], logits: Tensor, controls: Controls) -> Tensor:
         """Book a token for every row that goes on: the next of a segment that is replayed, else a drawn one. [B]."""
+        return torch.cat([
+            self._draw_block(rows[part], drafts[part], logits[part], controls.of(part)) for part in blocks(logits)
+        ])  # fmt: skip
+
+    def _draw_block(self, rows: Sequence[Row], drafts: Sequence[_Draft], logits: Tensor, controls: Controls) -> Tensor:
         goes_on = [not row.done and not draft.waits for row, draft in zip(rows, drafts, strict=True)]
         broken = (~logits.amax(-1).isfinite()).tolist()
         usable = logits.nan_to_num(nan=0.0)
-        scores = warp(usable, controls.temperature, controls.top_k, controls.top_p, controls.min_p)
+        scores = warped(usable, controls)
         keys = [
             row.next_key() if goes and not draft.replay else 0
             for row, draft, goes in zip(rows, drafts, goes_on, strict=True)
@@ -177,7 +183,9 @@ class CARDS(Method):
                 tokens[place] = draft.replay.pop(0)
         chosen = tokens[:, None]
         logps = (usable.gather(1, chosen)[:, 0] - usable.logsumexp(-1)).tolist()
-        drawn = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)).tolist()
+        drawn = logps
+        if controls.warps:
+            drawn = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)).tolist()
         for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             if not goes_on[place]:
                 continue
@@ -193,8 +201,7 @@ class CARDS(Method):
     def _mark(self, rows: list[Row], drafts: list[_Draft], logits: Tensor, active: list[bool]) -> None:
         """See which segments have just come to their ends, and keep what follows them: `logits` [B, V]."""
         options = self.options
-        logps = logits.log_softmax(-1)
-        entropies = -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
+        entropies = torch.cat([_entropies(logits[part]) for part in blocks(logits)])
         for place, (row, draft, entropy) in enumerate(zip(rows, drafts, entropies.tolist(), strict=True)):
             if row.done or draft.waits or not (active[place] or draft.ends):
                 continue
@@ -292,6 +299,12 @@ class _Draft:
         self.column, self.logits, self.begin = column, self.after, len(row.completion.token_ids)
         self.tries, self.best, self.best_reward = 0, [], -math.inf
         self.decided = self.ends = False
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """[B, V] -> [B] nats."""
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
 
 
 def _close_holes(lane: Lane, drafts: Sequence[_Draft]) -> None:

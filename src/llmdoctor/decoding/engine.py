@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.cache import new_cache, sees_everything
-from llmdoctor.decoding.device import fetched, sent
+from llmdoctor.decoding.device import CPU_BLOCK, fetched, sent
 from llmdoctor.decoding.guides import Guide, LaneSpec, Voice, lanes_of
 from llmdoctor.decoding.memory import give_up, is_out_of_memory, let_go
 from llmdoctor.decoding.mixture import Mixture, warped
@@ -33,9 +33,6 @@ from llmdoctor.models.loading import LoadedModel
 _BLOCK = 64
 """Rows whose logits are alive at once; on a CPU rows times voices, because larger tensors are taken from the system,
 page by page, every time."""
-
-_CPU_BLOCK = 16
-"""Rows whose scores are worked on together on a CPU: a block's vocabulary-wide tensors then stay in its cache."""
 
 _UNGUIDED = Mixture([], [])
 
@@ -227,7 +224,7 @@ class GuidedDecoder:
             for places in _blocks(list(at), max(1, _BLOCK // ward.voices) if on_cpu else _BLOCK):
                 logits = ward.logits(places, [at[place] for place in places])
                 tokens: list[int] = []
-                for block in _blocks(places, _CPU_BLOCK if on_cpu else _BLOCK):
+                for block in _blocks(places, CPU_BLOCK if on_cpu else _BLOCK):
                     part = slice(len(tokens), len(tokens) + len(block))
                     tokens += self._draw_block(ward, [tensor[:, part] for tensor in logits], block, guided)
                 for place, token in zip(places, tokens, strict=True):
