@@ -76,7 +76,7 @@ class BenchOptions:
         epochs: passes over the pairs, the same for all that is trained on them; a doctor of rounds goes by `rounds`.
         rounds: of that half of LLMdoctor's doctors that learns from answers of its own; 0 leaves the one of the pairs.
         rollout_tokens: how far Transfer-Q* looks ahead.
-        transfer_q_prompts: prompts that Transfer-Q*, the dearest method by far, answers.
+        transfer_q_prompts: at most so many of them for Transfer-Q*, the dearest method by far.
         batch_size: answers decoded together; changes no answer, up to rounding.
     """
 
@@ -90,7 +90,7 @@ class BenchOptions:
     epochs: int = 2
     rounds: int = 4
     rollout_tokens: int = 8
-    transfer_q_prompts: int = 80
+    transfer_q_prompts: int = 320
     batch_size: int = 160
 
     def __post_init__(self) -> None:
