@@ -318,7 +318,7 @@ def test_faces_are_not_needed_for_labels_and_rounds(tiny_folder: Path, store: Re
 def test_who_needs_token_rewards_says_so(
     tiny_folder: Path, tmp_path: Path, rounds: RoundOptions, settings: dict[str, Any], said: str
 ) -> None:
-    bare = acquire(load(tiny_folder), some_pairs(4), tmp_path / "bare", faces=None)
+    bare = acquire(load(tiny_folder), some_pairs(6), tmp_path / "bare", faces=None)
     with pytest.raises(UserError, match=said):
         train_doctor(load(tiny_folder), bare, config(tmp_path / "x", **settings), rounds=rounds)
     rest = [replace(ROUNDS, pairs_weight=0.0), RoundOptions(rounds=0)]
