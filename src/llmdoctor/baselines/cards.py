@@ -169,6 +169,7 @@ class CARDS(Method):
         ])  # fmt: skip
 
     def _draw_block(self, rows: Sequence[Row], drafts: Sequence[_Draft], logits: Tensor, controls: Controls) -> Tensor:
+        """As `_draw`, for some rows: their vocabulary-wide tensors are made several times over."""
         goes_on = [not row.done and not draft.waits for row, draft in zip(rows, drafts, strict=True)]
         broken = (~logits.amax(-1).isfinite()).tolist()
         usable = logits.nan_to_num(nan=0.0)

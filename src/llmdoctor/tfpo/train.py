@@ -136,9 +136,11 @@ def check_settings(
             "(--faces NAME, or in Python the faces of acquire_rewards), or learn the labels alone, as rounds do by "
             "default"
         )
-    held_out = None if pairs is None else held_out_pairs(pairs, options.eval_fraction)
-    if pairs is not None and held_out is not None and rounds.rounds:
-        need_pairs_for_rounds(pairs - held_out)
+    held_out = None
+    if pairs is not None:
+        held_out = held_out_pairs(pairs, options.eval_fraction)
+        if rounds.rounds:
+            need_pairs_for_rounds(pairs - held_out)
     schedule = SchedulerType(config.lr_scheduler_type).value
     if schedule in _BY_HELD_OUT_LOSS and (rounds.rounds or held_out == 0):
         why = "rounds do not look at them while they train" if rounds.rounds else "there are none"
