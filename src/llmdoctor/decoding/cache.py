@@ -41,9 +41,11 @@ class InPlaceLayer(DynamicLayer):
         if self._buffers is None or end > self._buffers[0].shape[-2]:
             self._grow(key_states, value_states, end + self._spare(end))
         assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        # Once a layer and token, where `narrow` is noticeably quicker than slices.
+        keys, values = self._buffers
+        keys.narrow(-2, start, end - start).copy_(key_states)
+        values.narrow(-2, start, end - start).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:

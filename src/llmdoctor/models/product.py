@@ -50,9 +50,9 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self._laid_out is None or torch.is_grad_enabled() or not 0 < x.shape[:-1].numel() <= _MOST_ROWS:
+        if self._laid_out is None or torch.is_grad_enabled() or not 0 < x.numel() <= _MOST_ROWS * x.shape[-1]:
             return F.linear(x, self.weight, self._bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._laid_out, self._bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._laid_out, self._bias, "none", [], "")
         return product
 
     @property
