@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.sampling import candidates, sample, waiting_times
+from llmdoctor.decoding.sampling import argmax, candidates, sample, waiting_times
 
 INF = math.inf
 
@@ -37,6 +37,17 @@ def deviations(counts: Tensor, expected: Tensor) -> float:
     chi_square = float(((observed - wanted).square() / wanted.clamp(min=1)).sum())
     freedom = len(wanted) - 1
     return (chi_square - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 257, 700, 49_152])
+def test_the_first_of_the_greatest_is_found_as_torch_finds_it(vocabulary: int) -> None:
+    scores = logits(40, vocabulary).round()
+    assert vocabulary < 256 or bool(((scores == scores.amax(-1, keepdim=True)).sum(-1) > 1).any())
+    scores[0] = -INF
+    scores[1, vocabulary // 2] = INF
+    scores[2, vocabulary // 3 :: 2] = math.nan
+    assert torch.equal(argmax(scores), scores.argmax(-1))
+    assert torch.equal(argmax(scores[:, : (vocabulary + 1) // 2]), scores[:, : (vocabulary + 1) // 2].argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 257, 700])

@@ -75,15 +75,12 @@ class InPlaceLayer(DynamicLayer):
         self._buffers = (grown[0], grown[1])
         self.keys, self.values = (buffer[:, :, :width] for buffer in grown)
 
-    def pick(self, start: int, columns: Tensor) -> None:
-        """Of the columns from `start` on, keep in each row `start + columns` [B, L], in that order."""
+    def move(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Copy the columns `sources` [N] of the rows at `rows` [N] to `targets` [N], all at once."""
         assert self._buffers is not None
-        count = columns.shape[1]
+        rows, sources, targets = (index.to(self._buffers[0].device) for index in (rows, sources, targets))
         for buffer in self._buffers:
-            index = (start + columns).to(buffer.device)[:, None, :, None]
-            index = index.expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            buffer[:, :, start : start + count] = buffer.gather(2, index)
-        self.keys, self.values = (buffer[:, :, : start + count] for buffer in self._buffers)
+            buffer[rows, :, targets] = buffer[rows, :, sources]
 
     def select_columns(self, columns: Tensor) -> None:
         """Make each row's columns those at `columns` [B, W], in that order."""

@@ -249,13 +249,14 @@ class GuidedDecoder:
     def _draw_block(self, ward: Ward, logits: list[Tensor], places: list[int], guided: bool) -> list[int]:
         """Draw and book a token for the rows at `places` from each lane's logits [M, b, V]; returns the tokens."""
         device = logits[0].device
-        logits = [tensor[..., : self._width].to(device) for tensor in logits]
+        # Each voice is looked at several times.
+        logits = [tensor[..., : self._width].to(device).float() for tensor in logits]
         # Views where the rows stand side by side.
         whole = slice(places[0], places[-1] + 1)
         rows = [ward.rows[place] for place in places]
         controls = ward.controls.of(whole if len(places) == whole.stop - whole.start else places)
         controls = controls.at([len(row.completion.token_ids) for row in rows])
-        patient = logits[0][0].float()
+        patient = logits[0][0]
         raw = (self.mixture if guided else _UNGUIDED).scores(logits, controls)
         scores = warped(raw, controls)
         keys = [row.key(len(row.completion.token_ids)) for row in rows]

@@ -244,12 +244,15 @@ class Lane:
         branch, kept = branch[:, :most].cpu(), kept.cpu()
         places = torch.arange(most)
         column = places < kept[:, None]
-        if bool(((branch != places) & column).any()):
-            branch = sent(branch, self.device)
+        rows, order = ((branch != places) & column).nonzero(as_tuple=True)
+        if len(rows):
+            sources, targets = sent(start + branch[rows, order], self.device), sent(start + order, self.device)
+            rows = sent(rows, self.device)
+            voices = len(self._voices)
+            everywhere = self._spread(rows, len(self._mask)), sources.repeat(voices), targets.repeat(voices)
             for number, layer in enumerate(self._cache.layers):
-                layer.pick(start, branch.repeat(len(self._voices), 1) if self._is_forked(number) else branch)
-        elif (excess := self._cache.get_seq_length() - start - most) > 0:
-            # What is kept stands where it belongs.
+                layer.move(*(everywhere if self._is_forked(number) else (rows, sources, targets)))
+        if (excess := self._cache.get_seq_length() - start - most) > 0:
             self._cache.crop(-excess)
         self._mask = torch.cat([self._mask, sent(column, self.device, self._mask.dtype)], dim=1)
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
 from llmdoctor.decoding.adapter import Adapter, LayerDelta
+from llmdoctor.models.norm import rms_norm
 from llmdoctor.models.product import Product, can_lay_out, has_room, is_untouched, version
 
 _ARCHITECTURES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -74,32 +75,15 @@ def _versions(product: Product, parts: Sequence[nn.Linear]) -> list[tuple[int, i
     return [version(part.bias) for part in parts] + [version(part.weight) for part in parts if product.laid_out]
 
 
-class _Norm:
-    """x / √(mean x² + ε) · w over the last axis (arXiv 1910.07467)."""
-
-    def __init__(self, module: Any) -> None:
-        self.weight: Tensor = module.weight
-        self._eps = float(module.variance_epsilon)
-        self._added = torch.tensor(self._eps, dtype=torch.float64)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
-            return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
-        # torch's own is twice as many small steps on a CPU (2.13), which make a twentieth of a pass over a few rows.
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.addcmul(self._added, scale, scale, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(self.weight).to(x.dtype)
-
-
 @dataclass
 class _Block:
     """One layer's weights."""
 
-    before_attention: _Norm
+    before_attention: tuple[Tensor, float]
     qkv: _Linear
-    head_norms: tuple[_Norm, _Norm] | None
+    head_norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None
     out: _Linear
-    before_mlp: _Norm
+    before_mlp: tuple[Tensor, float]
     gate_up: _Linear
     down: _Linear
 
@@ -108,13 +92,13 @@ class _Block:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
         if hasattr(attention, "q_norm"):
-            norms = _Norm(attention.q_norm), _Norm(attention.k_norm)
+            norms = _norm(attention.q_norm), _norm(attention.k_norm)
         return cls(
-            before_attention=_Norm(layer.input_layernorm),
+            before_attention=_norm(layer.input_layernorm),
             qkv=_Linear.fuse([attention.q_proj, attention.k_proj, attention.v_proj], lay_out),
             head_norms=norms,
             out=_Linear.fuse([attention.o_proj], lay_out),
-            before_mlp=_Norm(layer.post_attention_layernorm),
+            before_mlp=_norm(layer.post_attention_layernorm),
             gate_up=_Linear.fuse([mlp.gate_proj, mlp.up_proj], lay_out),
             down=_Linear.fuse([mlp.down_proj], lay_out),
         )
@@ -132,7 +116,7 @@ class _Block:
         norms = [(self.before_attention, layer.input_layernorm), (self.before_mlp, layer.post_attention_layernorm)]
         if self.head_norms is not None:
             norms += zip(self.head_norms, (attention.q_norm, attention.k_norm), strict=True)
-        return any(norm.weight is not module.weight for norm, module in norms) or any(
+        return any(norm[0] is not module.weight for norm, module in norms) or any(
             linear.stale or any(own is not now for own, now in zip(linear.parts, modules, strict=True))
             for linear, modules in zip(self.linears, parts, strict=True)
         )
@@ -151,7 +135,7 @@ class Network:
         config = decoder.config
         self._embedding = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
-        self._final = _Norm(decoder.norm)
+        self._final = _norm(decoder.norm)
         weights = [weight for layer in decoder.layers for weight in layer.parameters() if weight.dim() == 2]
         lay_out = can_lay_out(weights[0]) and has_room(sum(weight.nbytes for weight in weights))
         self._blocks = [_Block.of(layer, lay_out) for layer in decoder.layers]
@@ -164,7 +148,7 @@ class Network:
 
     def is_stale(self, decoder: Any) -> bool:
         """Whether the decoder's weights were moved, replaced or, where copied, changed since this was made."""
-        if self._embedding is not decoder.embed_tokens.weight or self._final.weight is not decoder.norm.weight:
+        if self._embedding is not decoder.embed_tokens.weight or self._final[0] is not decoder.norm.weight:
             return True
         return any(block.is_stale(layer) for block, layer in zip(self._blocks, decoder.layers, strict=True))
 
@@ -209,7 +193,7 @@ class Network:
             hidden = self._transform(block, hidden, deltas)
             if number in tapped:
                 taps[number] = hidden
-        last = self._final(hidden)
+        last = rms_norm(hidden, *self._final)
         if not tapped:
             return last
         every = [taps[number].repeat(len(last) // len(taps[number]), 1, 1) for number in tapped]
@@ -221,12 +205,13 @@ class Network:
     ) -> Tensor:  # fmt: skip
         rows, count, _ = hidden.shape
         groups, width = self._key_heads * self.group, self._head_width
-        mixed = _adapted(block.qkv, block.before_attention(hidden), deltas, "qkv").view(rows, count, -1, width)
+        normed = rms_norm(hidden, *block.before_attention)
+        mixed = _adapted(block.qkv, normed, deltas, "qkv").view(rows, count, -1, width)
         turned = mixed.narrow(2, 0, groups + self._key_heads)
         if block.head_norms is not None:
             queries, keys = turned.split([groups, self._key_heads], dim=2)
             query_norm, key_norm = block.head_norms
-            turned = torch.cat([query_norm(queries), key_norm(keys)], dim=2)
+            turned = torch.cat([rms_norm(queries, *query_norm), rms_norm(keys, *key_norm)], dim=2)
         turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
         keys = turned.narrow(2, groups, self._key_heads).transpose(1, 2)
         values = mixed.narrow(2, groups + self._key_heads, self._key_heads).transpose(1, 2)
@@ -241,7 +226,7 @@ class Network:
 
     @staticmethod
     def _transform(block: _Block, hidden: Tensor, deltas: Sequence[LayerDelta | None]) -> Tensor:
-        both = _adapted(block.gate_up, block.before_mlp(hidden), deltas, "gate_up")
+        both = _adapted(block.gate_up, rms_norm(hidden, *block.before_mlp), deltas, "gate_up")
         width = both.shape[-1] // 2
         gated = F.silu(both.narrow(-1, 0, width)).mul_(both.narrow(-1, width, width))
         return _adapted(block.down, gated, deltas, "down").add_(hidden)
@@ -323,6 +308,10 @@ def _fits(decoder: Any) -> bool:
         and all(type(linear) is nn.Linear for linear in linears)
         and all(map(is_untouched, decoder.modules()))
     )
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, float(module.variance_epsilon)
 
 
 def _adapted(linear: _Linear, x: Tensor, deltas: Sequence[LayerDelta | None], place: str) -> Tensor:

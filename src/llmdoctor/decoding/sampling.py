@@ -11,6 +11,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -20,8 +21,11 @@ from torch import Tensor
 from llmdoctor.decoding.device import sent
 
 _BITS = 32
-_ELEMENTS_AT_ONCE = 1 << 18
+_ELEMENTS_AT_ONCE = 3 << 16
 """Noise made together on a CPU: a block of this size stays in its cache."""
+
+_COLUMNS = 256
+"""Side by side at most, of which the greatest value is found before its place is."""
 
 
 def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
@@ -39,10 +43,10 @@ def sample(scores: Tensor, keys: Sequence[int], greedy: Tensor) -> Tensor:
         [B] token ids.
     """
     if bool(greedy.all()):
-        return scores.argmax(-1)
+        return argmax(scores)
     words = _all_words(*scores.shape[1:], scores.device)
-    first = torch.cat([block.argmax(-1) for block in _finish(scores, keys, greedy, words)])
-    return torch.where(sent(greedy, scores.device), scores.argmax(-1), first) if bool(greedy.any()) else first
+    first = torch.cat([argmax(block) for block in _finish(scores, keys, greedy, words)])
+    return torch.where(sent(greedy, scores.device), argmax(scores), first) if bool(greedy.any()) else first
 
 
 def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, tokens: Tensor) -> Tensor:
@@ -59,6 +63,17 @@ def candidates(scores: Tensor, keys: Sequence[int], greedy: Tensor, count: int, 
     """
     finish = _finish(scores, keys, greedy, _words(tokens))
     return tokens[torch.cat([block.topk(count, dim=-1).indices for block in finish])]
+
+
+def argmax(x: Tensor) -> Tensor:
+    """[B, V] -> [B] the first place of the greatest value, or of a NaN, as torch's own."""
+    columns = math.gcd(x.shape[-1], _COLUMNS)
+    if not x.is_cpu or columns == 1:
+        return x.argmax(-1)
+    # A CPU finds the greatest value many times as fast as its place (torch 2.13).
+    blocks = x.unflatten(-1, (-1, columns))
+    which = blocks.amax(-1).argmax(-1)
+    return which * columns + blocks[torch.arange(len(x)), which].argmax(-1)
 
 
 def _finish(scores: Tensor, keys: Sequence[int], greedy: Tensor, words: Tensor) -> Iterator[Tensor]:
@@ -86,9 +101,10 @@ def waiting_times(keys: Sequence[int], words: Tensor) -> Tensor:
     # Signed, because torch has no unsigned products; they wrap around as those would.
     signed = [[_signed((key << 1 | 1) & 0xFFFFFFFF), _signed(key >> 32)] for key in keys]
     factor, shift = sent(signed, words.device, torch.int32)[:, :, None].unbind(1)
-    u = _mix(torch.addcmul(shift, factor, words)).float().abs_()
-    # Below 1 by more than float32 rounds up.
-    return u.add_(0.5).mul_(2.0**-31 * (1 - 2.0**-22)).neg_().log1p_().neg_()
+    # On a CPU quicker than one `addcmul`.
+    x = _mix((factor * words).add_(shift)).float().abs_()
+    # u is below 1 by more than float32 rounds up.
+    return x.add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-22)).log1p_().neg_()
 
 
 def _words(tokens: Tensor) -> Tensor:

@@ -20,18 +20,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmdoctor.errors import UserError
 from llmdoctor.files import atomic_folder, write_json
 from llmdoctor.models.layers import cast_weights, copy_kept, decoder_layers, small_config, weights_read
 from llmdoctor.models.loading import LoadedModel
 from llmdoctor.models.logps import LogitsHead
-from llmdoctor.models.product import Product
+from llmdoctor.models.norm import rms_norm
+from llmdoctor.models.product import Product, product_of
 
 CONFIG_NAME = "draft.json"
 WEIGHTS_NAME = "draft.safetensors"
 SCHEMA_VERSION = 1
+
+_EPS = 1e-6
 
 
 class DraftModel(nn.Module):
@@ -98,12 +100,13 @@ class DraftModel(nn.Module):
                 estimates [B, T, D] of the last ones, which nothing lower belongs to.
         """
         dtype, width = self.fuse.weight.dtype, self.fuse.out_features
-        last, *below = states.to(dtype).split(width, dim=-1)
-        both = [F.rms_norm(self.get_input_embeddings()(tokens).to(dtype), (width,), self.token_norm, 1e-6),
-                F.rms_norm(last, (width,), self.state_norm, 1e-6)]  # fmt: skip
-        fused: Tensor = self.fuse(torch.cat(both, dim=-1))
-        if below and self.fuse_lower is not None:
-            fused = fused + self.fuse_lower(torch.cat([F.rms_norm(each, (width,), None, 1e-6) for each in below], -1))
+        states = states.to(dtype)
+        last, below = states[..., :width], states[..., width:]
+        both = [rms_norm(self.get_input_embeddings()(tokens).to(dtype), self.token_norm, _EPS),
+                rms_norm(last, self.state_norm, _EPS)]  # fmt: skip
+        fused = _map(self.fuse, torch.cat(both, dim=-1))
+        if below.shape[-1] and self.fuse_lower is not None:
+            fused = fused + _map(self.fuse_lower, rms_norm(below.unflatten(-1, (-1, width)), None, _EPS).flatten(-2))
         return fused
 
     def cut(self, head: LogitsHead) -> CutHead:
@@ -125,6 +128,11 @@ class DraftModel(nn.Module):
     def weights_read(self) -> int:
         """Weights that one guess reads."""
         return sum(tensor.numel() for tensor in self.own_weights().values()) + self.head.weight.numel()
+
+
+def _map(linear: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = linear(x) if torch.is_grad_enabled() else product_of(linear)(x)
+    return y
 
 
 class CutHead:
