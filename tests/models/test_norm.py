@@ -26,7 +26,8 @@ def test_it_is_what_it_is_defined_as(width: int, dtype: torch.dtype, weighted: b
     exact = exact if weight is None else exact * weight.double()
     with torch.inference_mode():
         found = rms_norm(x, weight, eps)
-    assert found.dtype == dtype and found.shape == x.shape
+    assert found.dtype == dtype
+    assert found.shape == x.shape
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 1.01 * torch.finfo(dtype).eps / 2)
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=1e-7 if dtype == torch.float16 else 0)
 
@@ -46,7 +47,8 @@ def test_zeros_stay_zeros_and_the_input_is_left_alone() -> None:
     before = x.clone()
     with torch.inference_mode():
         found = rms_norm(x, torch.ones(64), 1e-5)
-    assert not found[0].any() and torch.equal(x, before)
+    assert not found[0].any()
+    assert torch.equal(x, before)
 
 
 def test_gradients_are_those_of_torch() -> None:
