@@ -4,7 +4,7 @@
                                   [--small FOLDER] [--output benchmarks/results/decoding.json]
 
 Ways to decode the same prompts with the same sampling (a fixed number of tokens), in one process, after a warm-up of
-each, in interleaved rounds:
+each, in interleaved rounds of one batch each (a ratio is the median of those of the rounds, told with their quartiles):
 
 - transformers: `generate` of the patient alone;
 - patient: our engine, the patient alone;
@@ -35,14 +35,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from llmdoctor.threads import spin_briefly
 
 spin_briefly()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         sizes: rows together.
         tokens: of every answer.
-        rounds: of which the median is told.
+        rounds: of which the median is told; in each every way decodes one batch.
         draft_length: longest answer that a draft of a moment learns from.
         memory_tokens: of each of four answers while memory is measured.
         colder: other temperatures at which guessing ahead is measured.
@@ -80,7 +80,7 @@ class Plan:
 
     sizes: tuple[int, ...] = (1, 4, 16)
     tokens: int = 64
-    rounds: int = 3
+    rounds: int = 9
     draft_length: int = 48
     memory_tokens: int = 16
     colder: tuple[float, ...] = (0.6, 0.0)
@@ -97,8 +97,37 @@ class Plan:
         return cls((1, 4), 8, 1, 12, 4, colder=())
 
 
+WARM = 12
+"""Prompts of a batch of one, each at a turn; and answers after which what a guess costs is thought to be known."""
+
+GUESSING = {
+    "speculative_vs_patient": ("speculative", "patient"),
+    "speculative_vs_guided": ("speculative", "guided"),
+    "patient_speculative_vs_patient": ("patient_speculative", "patient"),
+}
+COMPARED = {
+    "patient_vs_transformers": ("patient", "transformers"),
+    "cost_ratio": ("patient", "doctor"),
+    "guided_vs_patient": ("guided", "patient"),
+    "guided_apart_vs_patient": ("guided_apart", "patient"),
+    "guided_vs_logits_processor": ("guided", "logits_processor"),
+    "guided_apart_vs_logits_processor": ("guided_apart", "logits_processor"),
+}
+COMPARED_SMALL = {
+    "small_cost_ratio": ("patient", "small_alone"),
+    "small_vs_patient": ("small", "patient"),
+    "small_speculative_vs_patient": ("small_speculative", "patient"),
+    "small_speculative_vs_small": ("small_speculative", "small"),
+}
+
 SLOW = 0.5
 """Seconds for four answers of four tokens above which a quick run does still less."""
+
+
+class Work(Protocol):
+    """Decodes a batch of its prompts, another one at every turn until it begins anew."""
+
+    def __call__(self, turn: int = 0) -> None: ...
 
 
 class DoctorProcessor(LogitsProcessor):
@@ -159,21 +188,24 @@ def asked(guides: list[Guide], rows: int, tokens: int, temperature: float = 1.0)
     ]
 
 
+def in_batches(every: list[Any], rows: int) -> list[list[Any]]:
+    return [every[start : start + rows] for start in range(0, len(every) - rows + 1, rows)]
+
+
 def engine(
     patient: LoadedModel, guides: list[Guide], rows: int, tokens: int,
     draft: DraftModel | Literal["doctors"] | None = None,
     done: list[Completion] | None = None, *, temperature: float = 1.0, prompts: int = 0,
-) -> Callable[[], None]:  # fmt: skip
-    """Work that decodes `prompts` prompts, `rows` together; completions of every run are added to `done`."""
-    prompts = max(rows, prompts)
+) -> Work:  # fmt: skip
+    """Work on at least `prompts` prompts, `rows` at a turn; completions are added to `done`."""
     decoder = GuidedDecoder(patient, guides, max_batch_size=rows, draft=draft)
     # Every way makes the same number of tokens.
     decoder.encoder.stop_ids = frozenset()
-    requests = asked(guides, prompts, tokens, temperature)
+    batches = in_batches(asked(guides, max(rows, prompts), tokens, temperature), rows)
 
-    def run() -> None:
-        completions = decoder.generate(requests)
-        assert sum(len(made.token_ids) for made in completions) == prompts * tokens
+    def run(turn: int = 0) -> None:
+        completions = decoder.generate(batches[turn % len(batches)])
+        assert sum(len(made.token_ids) for made in completions) == rows * tokens
         if done is not None:
             done.extend(completions)
 
@@ -182,25 +214,25 @@ def engine(
 
 def transformers(
     patient: LoadedModel, doctor: Any | None, rows: int, tokens: int, *, temperature: float = 1.0, prompts: int = 0
-) -> Callable[[], None]:
+) -> Work:
     """As `engine`, by `generate`."""
     encoder = GuidedDecoder(patient).encoder
     every = [encoder.prompt_ids(messages) for messages in conversations(max(rows, prompts))]
+    batches = in_batches(every, rows)
     pad = patient.tokenizer.pad_token_id
     device = patient.model.device
 
     @torch.inference_mode()
-    def run() -> None:
-        for start in range(0, len(every), rows):
-            batch = every[start : start + rows]
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
-            extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
-            patient.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
-                temperature=temperature, top_k=0, pad_token_id=pad, **extra,
-            )  # fmt: skip
+    def run(turn: int = 0) -> None:
+        batch = batches[turn % len(batches)]
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
+        extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
+        patient.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
+            temperature=temperature, top_k=0, pad_token_id=pad, **extra,
+        )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -256,6 +288,12 @@ def times_as_fast(way: list[float], other: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(way, other, strict=True))
 
 
+def quartiles(way: list[float], other: list[float]) -> list[float]:
+    """Between which the middle half of these ratios lies."""
+    found: list[float] = np.quantile([b / a for a, b in zip(way, other, strict=True)], [0.25, 0.75]).tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Loaded:
     """The models of all ways to decode: the patient; its doctor as an adapter beside it, and as a model of its own; the
@@ -269,20 +307,23 @@ class Loaded:
 
     def ways(
         self, rows: int, tokens: int, temperature: float, prompts: int
-    ) -> tuple[dict[str, Callable[[], None]], dict[str, list[Completion]]]:
-        """All ways to decode, by name, and the lists to which those that guess will append what they said."""
+    ) -> tuple[dict[str, Work], dict[str, list[Completion]]]:
+        """All ways to decode, by name, and the lists to which those that guess will append what they said.
+
+        Those that are compared most stand next to each other, as the machine's speed may change from one to the next.
+        """
         same = {"temperature": temperature, "prompts": prompts}
         patient, beside, own, small = self.patient, self.beside, self.own, self.small
         heard: dict[str, list[Completion]] = {"speculative": [], "patient_speculative": []}
         ways = {
             "transformers": transformers(patient, None, rows, tokens, **same),
+            "patient_speculative": engine(patient, [], rows, tokens, self.draft, heard["patient_speculative"], **same),
             "patient": engine(patient, [], rows, tokens, **same),
-            "doctor": engine(own, [], rows, tokens, **same),
             "guided": engine(patient, [beside], rows, tokens, **same),
+            "speculative": engine(patient, [beside], rows, tokens, self.draft, heard["speculative"], **same),
+            "doctor": engine(own, [], rows, tokens, **same),
             "guided_apart": engine(patient, [replace(beside, model=own, adapter=None)], rows, tokens, **same),
             "logits_processor": transformers(patient, own.model, rows, tokens, **same),
-            "speculative": engine(patient, [beside], rows, tokens, self.draft, heard["speculative"], **same),
-            "patient_speculative": engine(patient, [], rows, tokens, self.draft, heard["patient_speculative"], **same),
         }
         if small is not None:
             said = heard["small_speculative"] = []
@@ -292,25 +333,25 @@ class Loaded:
         return ways, heard
 
 
-def timed(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def timed(ways: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, round by round, all ways in every round."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for way, work in ways.items():
             start = time.perf_counter()
-            work()
+            work(turn)
             seconds[way].append(time.perf_counter() - start)
     return seconds
 
 
 def race(
-    size: int, ways: Mapping[str, Callable[[], None]], heard: Mapping[str, list[Completion]], plan: Plan, prompts: int
+    size: int, ways: Mapping[str, Work], heard: Mapping[str, list[Completion]], plan: Plan
 ) -> list[dict[str, Any]]:
     """Warm all ways up and time them; a row of results for each."""
     for way, work in ways.items():
-        # What is guessed follows what guesses have cost, which takes some rounds to be known.
-        for _ in range(3 if way in heard and plan.rounds > 1 else 1):
-            work()
+        # What is guessed follows what guesses have cost, which takes some passes to be known.
+        for turn in range(max(3, WARM // size) if way in heard and plan.rounds > 1 else 1):
+            work(turn)
     for completions in heard.values():
         completions.clear()
     gc.collect()
@@ -318,17 +359,28 @@ def race(
     rows = []
     for way, times in seconds.items():
         ratio = times_as_fast(times, seconds["patient"])
-        rate = max(size, prompts) * plan.tokens / statistics.median(times)
+        low, high = quartiles(times, seconds["patient"])
+        rate = size * plan.tokens / statistics.median(times)
         rows.append({"batch": size, "way": way, "tokens_per_second": rate, "to_patient": ratio, "seconds": times})
-        print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}", flush=True)
+        print(f"{size:>5} {way:>19} {rate:>9,.1f} {ratio:>10.2f}  {low:.2f} … {high:.2f}", flush=True)
     return rows
 
 
-def ratios_of(rows: list[dict[str, Any]], way: str, other: str) -> dict[str, float]:
-    """Medians over rounds of how many times as fast one way is as another, by batch size."""
+def ratios_of(
+    rows: list[dict[str, Any]], way: str, other: str, told: Callable[[list[float], list[float]], Any] = times_as_fast
+) -> dict[str, Any]:
+    """How many times as fast one way is as another, by batch size: medians over rounds, or `quartiles`."""
     found = {(row["batch"], row["way"]): row["seconds"] for row in rows}
     sizes = dict.fromkeys(row["batch"] for row in rows)
-    return {str(size): times_as_fast(found[size, way], found[size, other]) for size in sizes}
+    return {str(size): told(found[size, way], found[size, other]) for size in sizes}
+
+
+def ratios_and_quartiles(rows: list[dict[str, Any]], ways: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Of these pairs of ways, by name."""
+    return {
+        **{name: ratios_of(rows, *pair) for name, pair in ways.items()},
+        "quartiles": {name: ratios_of(rows, *pair, quartiles) for name, pair in ways.items()},
+    }
 
 
 def guessing(loaded: Loaded, plan: Plan, temperature: float, prompts: int) -> dict[str, Any]:
@@ -340,12 +392,10 @@ def guessing(loaded: Loaded, plan: Plan, temperature: float, prompts: int) -> di
         ways, heard = loaded.ways(size, plan.tokens, temperature, prompts)
         ways = {way: ways[way] for way in ("patient", "guided", "speculative", "patient_speculative")}
         heard = {way: heard[way] for way in ("speculative", "patient_speculative")}
-        rows += race(size, ways, heard, plan, prompts)
+        rows += race(size, ways, heard, plan)
         guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
     return {
-        "speculative_vs_guided": ratios_of(rows, "speculative", "guided"),
-        "speculative_vs_patient": ratios_of(rows, "speculative", "patient"),
-        "patient_speculative_vs_patient": ratios_of(rows, "patient_speculative", "patient"),
+        **ratios_and_quartiles(rows, GUESSING),
         "acceptance": first_guess(
             loaded.draft, loaded.patient, [loaded.beside], plan.sizes[-1], plan.tokens, temperature
         ),
@@ -361,36 +411,21 @@ def measure(arguments: argparse.Namespace, plan: Plan, doctor: Path, folder: Pat
     assert isinstance(beside.adapter, Adapter), f"{arguments.patient} cannot be run with its doctor in one pass"
     small = None if arguments.small is None else load_guide(arguments.small, patient, name="small")
     loaded = Loaded(patient, beside, merged(doctor, arguments.patient), load_draft(folder, patient), small)
-    prompts = 1 if arguments.quick else 4
+    prompts = 1 if arguments.quick else WARM
     rows: list[dict[str, Any]] = []
     guessed: dict[str, Any] = {}
-    print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}")
+    print(f"{'batch':>5} {'way':>19} {'tokens/s':>9} {'÷ patient':>10}  quartiles")
     for size in sizes:
         ways, heard = loaded.ways(size, tokens, temperature, prompts)
-        rows += race(size, ways, heard, plan, prompts)
+        rows += race(size, ways, heard, plan)
         guessed[str(size)] = {way: guesses(completions) for way, completions in heard.items()}
-    ratios = partial(ratios_of, rows)
     beside_small = {}
     if small is not None:
-        beside_small = {
-            "small_cost_ratio": ratios("patient", "small_alone"),
-            "small_vs_patient": ratios("small", "patient"),
-            "small_speculative_vs_patient": ratios("small_speculative", "patient"),
-            "small_speculative_vs_small": ratios("small_speculative", "small"),
-            "acceptance_small": first_guess("doctors", patient, [small], sizes[-1], tokens, temperature),
-        }
+        beside_small["acceptance_small"] = first_guess("doctors", patient, [small], sizes[-1], tokens, temperature)
     measured = ["patient", "guided"] if arguments.quick else ["patient", "guided", "guided_apart"]
     peaks = {way: peak(way, arguments, doctor, plan.memory_tokens) for way in measured}
     return {
-        "patient_vs_transformers": ratios("patient", "transformers"),
-        "cost_ratio": ratios("patient", "doctor"),
-        "guided_vs_patient": ratios("guided", "patient"),
-        "guided_apart_vs_patient": ratios("guided_apart", "patient"),
-        "guided_vs_logits_processor": ratios("guided", "logits_processor"),
-        "guided_apart_vs_logits_processor": ratios("guided_apart", "logits_processor"),
-        "speculative_vs_patient": ratios("speculative", "patient"),
-        "speculative_vs_guided": ratios("speculative", "guided"),
-        "patient_speculative_vs_patient": ratios("patient_speculative", "patient"),
+        **ratios_and_quartiles(rows, COMPARED | GUESSING | ({} if small is None else COMPARED_SMALL)),
         "acceptance": first_guess(loaded.draft, patient, [beside], sizes[-1], tokens, temperature),
         "acceptance_patient": first_guess(loaded.draft, patient, [], sizes[-1], tokens, temperature),
         **beside_small,

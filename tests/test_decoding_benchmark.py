@@ -53,6 +53,7 @@ def test_the_last_line_holds_what_is_promised(folder: Path, tmp_path: Path) -> N
     for name in PROMISED | OF_SMALL:
         assert set(found[name]) == sizes, name
         assert all(value > 0 for value in found[name].values())
+        assert all(low <= found[name][size] <= high for size, (low, high) in found["quartiles"][name].items())
     assert 0 <= found["acceptance"] <= 1
     assert found["memory_ratio"] > 0.5
     assert 0 <= found["acceptance_small"] <= 1
