@@ -88,13 +88,14 @@ class Plan:
     @classmethod
     def quick(cls, spec: str) -> Plan:
         """What ends within a minute where bfloat16 is fast, and within three where a processor has no such products."""
-        work = engine(load_model(spec), [], 4, 4)
+        work = engine(load_model(spec), [], 4, SHORT)
         work()
         start = time.perf_counter()
         work()
-        if time.perf_counter() - start < SLOW:
-            return cls((1, 16), 16, 1, colder=())
-        return cls((1, 4), 8, 1, 12, 4, colder=())
+        seconds = time.perf_counter() - start
+        if seconds > SLOW:
+            return cls((1, 4), 8, 1, 12, SHORT, colder=())
+        return cls((1, 16), 16 if seconds < FAST else 8, 1, memory_tokens=SHORT, colder=())
 
 
 WARM = 12
@@ -120,14 +121,18 @@ COMPARED_SMALL = {
     "small_speculative_vs_small": ("small_speculative", "small"),
 }
 
-SLOW = 0.5
-"""Seconds for four answers of four tokens above which a quick run does still less."""
+SHORT = 4
+"""Tokens of an answer that only warms up."""
+
+FAST, SLOW = 0.18, 0.5
+"""Seconds for four such answers above which a quick run does less, and still less."""
 
 
 class Work(Protocol):
-    """Decodes a batch of its prompts, another one at every turn until it begins anew."""
+    """Decodes a batch of its prompts, another one at every turn until it begins anew; `length` tokens of each answer,
+    or as many as is usual."""
 
-    def __call__(self, turn: int = 0) -> None: ...
+    def __call__(self, turn: int = 0, length: int | None = None) -> None: ...
 
 
 class DoctorProcessor(LogitsProcessor):
@@ -203,9 +208,12 @@ def engine(
     decoder.encoder.stop_ids = frozenset()
     batches = in_batches(asked(guides, max(rows, prompts), tokens, temperature), rows)
 
-    def run(turn: int = 0) -> None:
-        completions = decoder.generate(batches[turn % len(batches)])
-        assert sum(len(made.token_ids) for made in completions) == rows * tokens
+    def run(turn: int = 0, length: int | None = None) -> None:
+        batch = batches[turn % len(batches)]
+        if length is not None:
+            batch = [replace(one, sampling=replace(one.sampling, max_new_tokens=length)) for one in batch]
+        completions = decoder.generate(batch)
+        assert sum(len(made.token_ids) for made in completions) == rows * (length or tokens)
         if done is not None:
             done.extend(completions)
 
@@ -223,14 +231,14 @@ def transformers(
     device = patient.model.device
 
     @torch.inference_mode()
-    def run(turn: int = 0) -> None:
+    def run(turn: int = 0, length: int | None = None) -> None:
         batch = batches[turn % len(batches)]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
         extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
         patient.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=-1, do_sample=True,
+            input_ids=ids, attention_mask=mask, max_new_tokens=length or tokens, eos_token_id=-1, do_sample=True,
             temperature=temperature, top_k=0, pad_token_id=pad, **extra,
         )  # fmt: skip
         if device.type == "cuda":
@@ -349,8 +357,11 @@ def race(
 ) -> list[dict[str, Any]]:
     """Warm all ways up and time them; a row of results for each."""
     for way, work in ways.items():
+        if way not in heard:
+            work(length=SHORT)
+            continue
         # What is guessed follows what guesses have cost, which takes some passes to be known.
-        for turn in range(max(3, WARM // size) if way in heard and plan.rounds > 1 else 1):
+        for turn in range(max(3, WARM // size) if plan.rounds > 1 else 1):
             work(turn)
     for completions in heard.values():
         completions.clear()
