@@ -129,10 +129,9 @@ FAST, SLOW = 0.18, 0.5
 
 
 class Work(Protocol):
-    """Decodes a batch of its prompts, another one at every turn until it begins anew; `length` tokens of each answer,
-    or as many as is usual."""
+    """Decodes a batch of its prompts, another one at every turn until it begins anew; so many tokens of each answer."""
 
-    def __call__(self, turn: int = 0, length: int | None = None) -> None: ...
+    def __call__(self, turn: int = 0, length: int = ...) -> None: ...
 
 
 class DoctorProcessor(LogitsProcessor):
@@ -194,6 +193,7 @@ def asked(guides: list[Guide], rows: int, tokens: int, temperature: float = 1.0)
 
 
 def in_batches(every: list[Any], rows: int) -> list[list[Any]]:
+    """So many a batch; a rest is left out, as all batches are to be of one size."""
     return [every[start : start + rows] for start in range(0, len(every) - rows + 1, rows)]
 
 
@@ -208,12 +208,11 @@ def engine(
     decoder.encoder.stop_ids = frozenset()
     batches = in_batches(asked(guides, max(rows, prompts), tokens, temperature), rows)
 
-    def run(turn: int = 0, length: int | None = None) -> None:
+    def run(turn: int = 0, length: int = tokens) -> None:
         batch = batches[turn % len(batches)]
-        if length is not None:
-            batch = [replace(one, sampling=replace(one.sampling, max_new_tokens=length)) for one in batch]
+        batch = [replace(one, sampling=replace(one.sampling, max_new_tokens=length)) for one in batch]
         completions = decoder.generate(batch)
-        assert sum(len(made.token_ids) for made in completions) == rows * (length or tokens)
+        assert sum(len(made.token_ids) for made in completions) == rows * length
         if done is not None:
             done.extend(completions)
 
@@ -231,14 +230,14 @@ def transformers(
     device = patient.model.device
 
     @torch.inference_mode()
-    def run(turn: int = 0, length: int | None = None) -> None:
+    def run(turn: int = 0, length: int = tokens) -> None:
         batch = batches[turn % len(batches)]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
         extra = {} if doctor is None else {"logits_processor": LogitsProcessorList([DoctorProcessor(doctor, mask)])}
         patient.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=length or tokens, eos_token_id=-1, do_sample=True,
+            input_ids=ids, attention_mask=mask, max_new_tokens=length, eos_token_id=-1, do_sample=True,
             temperature=temperature, top_k=0, pad_token_id=pad, **extra,
         )  # fmt: skip
         if device.type == "cuda":

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.decoding import engine, quartiles
 from tests.tiny import fresh_doctor, load, save_tiny, shaken
 
+from llmdoctor.decoding.request import Completion
 from llmdoctor.models.draft import DraftModel, save_draft
+from llmdoctor.models.loading import load_model
 
 PROMISED = {
     "patient_vs_transformers", "guided_vs_patient", "speculative_vs_patient", "speculative_vs_guided", "cost_ratio",
@@ -36,6 +39,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Pat
     save_draft(DraftModel.from_layers(patient.model, [1], torch.arange(300)), patient, {}, root / "draft")
     shaken(fresh_doctor(load(root / "base"))).save_pretrained(root / "doctor")
     return root
+
+
+def test_every_turn_is_another_batch_and_they_come_round(folder: Path) -> None:
+    done: list[Completion] = []
+    work = engine(load_model(str(folder / "patient")), [], 2, 5, done=done, prompts=5)
+    for turn in range(3):
+        work(turn)
+    first, second, third = (done[start : start + 2] for start in (0, 2, 4))
+    assert [one.token_ids for one in first] == [one.token_ids for one in third]
+    assert [one.token_ids for one in first] != [one.token_ids for one in second]
+    assert all(len(one.token_ids) == 5 for one in done)
+    work(length=3)
+    assert [one.token_ids for one in done[6:]] == [one.token_ids[:3] for one in first]
+
+
+def test_quartiles_are_of_the_rounds_own_ratios() -> None:
+    assert quartiles([1.0, 2.0, 4.0, 1.0, 2.0], [5.0, 8.0, 12.0, 2.0, 2.0]) == [2.0, 4.0]
 
 
 def test_the_last_line_holds_what_is_promised(folder: Path, tmp_path: Path) -> None:
